@@ -1,0 +1,1083 @@
+"""cps.py: context-aware cross pseudo supervision (CPS) for 3D medical image segmentation.
+
+Two 3D U-Nets, A and B, of one structure but different initialisation, learn from a few labelled and
+many unlabelled scans. Each sees its own patch of an unlabelled volume; the patches overlap, and on
+the overlap the hard label of one network supervises the other. They see the same voxels in other
+surroundings, so they can agree only by getting the voxels right whatever the context.
+Paper: P. Liu and G. Zheng, Cross Pseudo Supervision for Semi-supervised Medical Image Segmentation,
+FLARE 2022; it builds on CPS (Chen et al., CVPR 2021).
+
+    python cps.py train                     a phantom, no data needed: minutes on two CPU cores
+    python cps.py train DATA --labelled 8   your scans (MSD / nnU-Net layout), 8 of them with labels
+    python cps.py predict CHECKPOINT IMAGE_OR_DIR OUT_DIR
+    python cps.py evaluate PREDICTIONS REFERENCES [--flare22]
+
+    NIfTI files -> cache (memory-mapped) -> patches -> train_step -> checkpoint
+                       metrics <- NIfTI files <- sliding_window <-------+
+
+The loss of step t, with labelled patches (x, y) and two overlapping crops u1, u2 of a volume:
+
+    L     = L_sup(A) + L_sup(B) + lam(t) * L_cps
+    L_sup = Dice(N(x), y) + CE(N(x), y)                            for N = A and N = B
+    L_cps = l(A(u1)|o, argmax B(u2)|o) + l(B(u2)|o, argmax A(u1)|o)
+    |o      on the overlap of the crops; no gradient through argmax; l = Dice + CE, or CE alone
+
+Shapes: B batch, C channels, K classes (0 is background), X Y Z voxels of a volume in RAS+ (x to the
+right, y to the front, z to the head), P patch, x y z voxels of a patch or of an overlap.
+
+Where the paper is silent, and what we chose:
+- Crops overlap by random offsets on all axes, overlap / patch volume in [min_overlap, 1).
+- A sees one crop and B the other, swapped from step to step.
+- lam has a ramp-up from 0 over the first part of the run.
+- "Different initialisation" is two draws of He-normal; --init-b xavier is the other reading.
+- An epoch is 250 steps: 96 h / 1000 epochs fits nnU-Net's 250. Augmentation is nnU-Net's: intensity
+  for each crop, rotation and scale shared by the two. No mirroring: kidneys have sides.
+- The checkpoint has the best Dice on validation cases, with both networks averaged.
+
+Contents: 1 Configuration, 2 The method, 3 Supervised loss, 4 The network, 5 Data, 6 Phantom,
+7 Patches, 8 Training, 9 Inference, 10 Evaluation, 12 Command line. Not for clinical use.
+"""
+import argparse
+import hashlib
+import inspect
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from math import ceil, inf, nan
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args, get_origin
+
+import nibabel as nib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from scipy.spatial.transform import Rotation
+from torch import nn
+
+
+# 1. Configuration =================================================================================
+class UserError(Exception):
+    """Something the user can mend: one sentence that names the file or flag and the remedy."""
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run; the defaults are the preset `paper`. In brackets: who says so."""
+    data: str = ""  # folder in MSD / nnU-Net layout; none: a phantom is built
+    preset: Literal["paper", "quick"] = "paper"  # as published; minutes on a CPU (without DATA)
+    out: str = ""  # run folder; none: runs/DATA-METHOD
+    resume: bool = False  # go on with the run in --out, or begin it
+    method: Literal["supervised", "cps", "context"] = "context"  # no L_cps, equal crops, overlapping
+    labelled: int = 0  # training cases that keep their labels, the others lose them; 0: all
+    unlabelled: tuple[str, ...] = ()  # more folders of unlabelled images
+    val: float = 0.2  # share (from 1 on: number) of labelled cases to choose a checkpoint by [nnU-Net]
+    test: float = 0.0  # the same, for cases that choose nothing and are tested once at the end
+    seed: int = 0  # of the initialisation, the split and the patches
+    clip: tuple[float | str, ...] = (-68.0, 200.0)  # HU; `auto`: 0.5, 99.5 percentiles [paper]
+    spacing: tuple[float | str, ...] = ("native",)  # x y z in mm to resample to, or native [ours]
+    patch: tuple[int, ...] = (160, 160, 96)  # x y z in voxels [paper]
+    batch: int = 2  # labelled patches a step, and as many unlabelled pairs [paper]
+    min_overlap: float = 0.3  # least overlap of two crops, as a share of a crop [ours]
+    intensity: float = 1.0  # scales the chances of intensity augmentation; 0: none [nnU-Net]
+    spatial: float = 0.2  # chance of rotation to 30 degrees and scale 0.7 to 1.4; 0: none [nnU-Net]
+    mirror: str = ""  # axes to mirror, as `yz`, also for --tta; `x` swaps left and right [ours]
+    base_channels: int = 32  # at the first level; doubled at each next one, at most 320 [nnU-Net]
+    levels: int = 5  # of resolution; the patch must divide by 2^(levels-1) [nnU-Net]
+    init_b: Literal["he", "xavier"] = "he"  # normal; A has he [paper: he for both]
+    lam: float = 1.0  # weight of L_cps after the ramp-up [ours]
+    rampup: float = 0.3  # share of the run over which lam grows; 0: full from the start [ours]
+    pseudo_loss: Literal["dice_ce", "ce"] = "dice_ce"  # l of L_cps [paper: Dice + CE; CPS: CE]
+    epochs: int = 1000  # an epoch is a row of the log [paper]
+    epoch_steps: int = 250  # optimiser steps [nnU-Net; fits the paper's 96 h]
+    lr: float = 0.01  # of SGD with Nesterov momentum [paper]
+    momentum: float = 0.99  # [paper]
+    halve_epochs: int = 200  # lr is halved every so many epochs [paper]
+    weight_decay: float = 3e-5  # [nnU-Net]
+    grad_clip: float = 12.0  # largest norm of a network's gradient; 0: no limit [nnU-Net]
+    validate_epochs: int = 10  # validate every so many epochs, and after the last [ours]
+    device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU if there is one
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision, on a GPU only
+    workers: int = 8  # loader processes for a GPU; on a CPU there are none
+    cache: str = "runs/.cache"  # folder of preprocessed volumes; may be deleted
+
+    def __post_init__(self):
+        """Refuse impossible values in one sentence, before any work is done."""
+        stride, gpu = 2 ** (self.levels - 1), torch.cuda.is_available() and self.device[:4] == "cuda"
+        wanted = {
+            "patch": len(self.patch) == 3 and not np.mod(self.patch, stride).any() and min(self.patch)
+            > 0 and max(self.patch) > stride or f"3 multiples of {stride}",
+            "clip": self.clip == ("auto",) or [*map(type, self.clip)] == [float, float]
+            and -inf < self.clip[0] < self.clip[1] < inf or "LOW HIGH, or auto",
+            "spacing": self.spacing == ("native",) or [*map(type, self.spacing)] == [float] * 3
+            and 0.01 <= min(self.spacing) <= max(self.spacing) <= 100 or "X Y Z in mm, or native",
+            "mirror": {*self.mirror} <= {*"xyz"} or "some of x, y and z",
+            "momentum": 0 < self.momentum < 1 or "between 0 and 1",
+            "min_overlap": 0 < self.min_overlap < 1 or "between 0 and 1",
+            "device": self.device in ("auto", "cpu") or gpu or "cpu, or a GPU that is there"}
+        for name, value in vars(self).items():
+            if type(value) in (int, float):
+                low = type(value) is int and name not in ("labelled", "seed", "workers")
+                wanted.setdefault(name, low <= value < inf or f"{low:d} or more")
+            if wanted.get(name, True) is not True:
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be {wanted[name]}")
+
+PRESETS = {"paper": {}, "quick": {  # momentum 0.99 wants more than some hundred steps [measured]
+    "patch": (32, 48, 32), "base_channels": 8, "levels": 4, "epochs": 20, "epoch_steps": 20,
+    "halve_epochs": 4, "lr": 0.05, "momentum": 0.9, "validate_epochs": 4}}
+MAY_CHANGE = {"resume", "out", "epochs", "device", "workers", "cache"}  # on --resume
+
+# 2. The method: pure functions, tensors in, scalar out ============================================
+def overlapping_corners(rng, shape, patch, min_overlap):
+    """Draw the corners of two patches of one volume that share at least `min_overlap` of a patch.
+    rng: numpy Generator; shape, patch: voxels, an entry an axis. Returns two int arrays within
+    [0, shape - patch]; both are 0 on an axis where the volume is smaller: they are padded alike.
+    The shared fraction is r = prod(1 - |d_a| / P_a), d the offset. Rejection would hardly ever end
+    in 3D, so the axes, in random order, each get an offset within what the ones before left of the
+    budget. r < 1 (r = 1 is plain CPS: no other context) wherever a shift of one voxel is allowed.
+    Source: ours; the paper says only that the patches overlap."""
+    patch = np.asarray(patch)
+    room = np.maximum(np.asarray(shape) - patch, 0)
+    corner1 = rng.integers(0, room + 1)
+    corner2, left = corner1.copy(), 1.0  # left: the overlap that the axes so far leave
+    for a in rng.permutation(len(patch)):
+        reach = int(patch[a] * (1 - min_overlap / left) + 1e-9)
+        corner2[a] = rng.integers(max(corner1[a] - reach, 0), min(corner1[a] + reach, room[a]) + 1)
+        left *= 1 - abs(corner2[a] - corner1[a]) / patch[a]
+    can_move = np.flatnonzero((room > 0) & (patch * (1 - min_overlap) >= 1))
+    if (corner1 == corner2).all() and can_move.size:
+        a = rng.choice(can_move)
+        corner2[a] += 1 if corner1[a] < room[a] else -1
+    return corner1, corner2
+
+def overlap_slices(corner1, corner2, patch):
+    """Where the overlap of two crops lies in each: image1[slices1] is image2[slices2], exactly.
+    corner1, corner2, patch: voxels. Returns two tuples of slices. With d = corner2 - corner1 it is
+    [max(0, d), P + min(0, d)) in crop 1 and [max(0, -d), P - max(0, d)) in crop 2. ValueError where
+    the crops do not meet. Source: geometry."""
+    pairs = [(int(c2) - int(c1), int(p)) for c1, c2, p in zip(corner1, corner2, patch)]
+    if any(abs(d) >= p for d, p in pairs):
+        raise ValueError(f"crops at {tuple(corner1)} and {tuple(corner2)} do not overlap")
+    return (tuple(slice(max(0, d), p + min(0, d)) for d, p in pairs),
+            tuple(slice(max(0, -d), p - max(0, d)) for d, p in pairs))
+
+def pseudo_label(logits):
+    """Hard labels int64 (B, x, y, z) of logits (B, K, x, y, z): no gradient, no threshold [CPS]."""
+    return logits.detach().argmax(dim=1)
+
+def cross_pseudo_loss(logits_a, logits_b, valid=None, dice=True):
+    """L_cps: each network learns the other's hard label on the voxels that both see.
+    logits_a, logits_b: (B, K, x, y, z), both cut to the overlap. valid: bool (B, x, y, z), False
+    for padding, which must not be learned as background. dice: l is Dice + CE, else CE. Returns a
+    scalar, whose gradient reaches A only through the first term and B only through the second,
+    never through a target. Source: CPS, with the paper's Dice + CE (section 3)."""
+    label_a, label_b = pseudo_label(logits_a), pseudo_label(logits_b)
+    if valid is not None:
+        label_a, label_b = label_a.masked_fill(~valid, -1), label_b.masked_fill(~valid, -1)
+    return dice_ce_loss(logits_a, label_b, dice=dice) + dice_ce_loss(logits_b, label_a, dice=dice)
+
+def rampup(step, length):
+    """Share of lam at a step: exp(-5 (1 - t)^2) with t = step / length, 1 from `length` on.
+    Pseudo labels are noise at first and would teach both networks that all is background. The shape
+    is the field's (SSL4MIS), but it ends early: there lam is full in the last step only. [ours]"""
+    return float(np.exp(-5 * (1 - step / length) ** 2)) if step < length else 1.0
+
+# 3. Supervised loss ===============================================================================
+def dice_ce_loss(logits, target, ignore_index=-1, dice=True):
+    """Soft Dice loss + cross-entropy, for true and for pseudo labels; dice=False: cross-entropy.
+    logits: (B, K, x, y, z); target: int64 (B, x, y, z), 0..K-1, or `ignore_index` for voxels that
+    count in neither part. Returns a scalar, 0 where all is ignored (a plain mean would be NaN).
+    Dice is per patch and foreground class, then averaged, so that B patches in one process and one
+    in each of B processes have the same gradient. Source: paper; the form is nnU-Net's."""
+    valid = target != ignore_index
+    target = target.masked_fill(~valid, 0)[:, None]  # (B, 1, x, y, z)
+    log_prob = logits.float().log_softmax(dim=1)  # (B, K, x, y, z); half precision would spoil it
+    nll = -log_prob.gather(1, target)[:, 0] * valid  # (B, x, y, z)
+    loss = nll.flatten(1).sum(1) / valid.flatten(1).sum(1).clamp(min=1)  # (B,)
+    if dice:
+        prob = log_prob.exp() * valid[:, None]
+        one_hot = torch.zeros_like(prob).scatter_(1, target, valid[:, None].to(prob.dtype))
+        prob, one_hot = prob[:, 1:].flatten(2), one_hot[:, 1:].flatten(2)  # (B, K-1, xyz)
+        overlap, size = (prob * one_hot).sum(2), prob.sum(2) + one_hot.sum(2)  # (B, K-1)
+        # 1e-5: a class that is nowhere gives 1, not 0 / 0; if only predicted, it is left to CE.
+        loss = loss + 1 - ((2 * overlap + 1e-5) / (size + 1e-5)).mean(1)
+    return loss.mean()
+
+# 4. The network ===================================================================================
+class Block(nn.Sequential):
+    """Two times 3x3x3 convolution, instance norm, LeakyReLU [nnU-Net]; C_in to C_out channels.
+    GroupNorm with a group for each channel is InstanceNorm with affine weights, but it keeps the
+    channels-last layout, where InstanceNorm3d copies. The norm would undo a bias: there is none."""
+    def __init__(self, c_in, c_out, stride=1):
+        layers = []
+        for c, s in ((c_in, stride), (c_out, 1)):
+            layers += [nn.Conv3d(c, c_out, 3, s, padding=1, bias=False),
+                       nn.GroupNorm(c_out, c_out, eps=1e-5), nn.LeakyReLU(0.01, inplace=True)]
+        super().__init__(*layers)
+
+class UNet3D(nn.Module):
+    """Plain 3D U-Net: (B, C, X, Y, Z), sizes divisible by 2^(levels-1), to logits (B, K, X, Y, Z).
+    Channels base, 2 base, 4 base ... at most 320; strided convolutions down, transposed ones up.
+    Source: nnU-Net without its deep supervision; the paper does not describe its U-Net further."""
+    def __init__(self, num_classes, base_channels, levels, in_channels=1):
+        super().__init__()
+        ch = [min(base_channels * 2**i, 320) for i in range(levels)]
+        steps = list(itertools.pairwise(ch))
+        self.down = nn.ModuleList([Block(in_channels, ch[0]), *(Block(a, b, 2) for a, b in steps)])
+        self.up = nn.ModuleList([nn.ConvTranspose3d(b, a, 2, stride=2) for a, b in steps[::-1]])
+        self.merge = nn.ModuleList([Block(2 * a, a) for a, _ in steps[::-1]])
+        self.head = nn.Conv3d(ch[0], num_classes, 1)
+
+    def forward(self, x):
+        skips = []
+        for block in self.down:
+            x = block(x)
+            skips.append(x)
+        skips.pop()  # the deepest level is x itself
+        for up, block in zip(self.up, self.merge):
+            x = block(torch.cat((up(x), skips.pop()), dim=1))
+        return self.head(x)
+
+def make_pair(config, num_classes):
+    """Networks A and B: one structure, two different draws of the weights, biases 0.
+    Two networks of one seed would agree always and teach each other nothing, so each has its own;
+    `train` logs how far they agree before the first step. Source: paper, Table 2 and abstract."""
+    networks, draws = [], {"he": nn.init.kaiming_normal_, "xavier": nn.init.xavier_normal_}
+    with torch.random.fork_rng(devices=[]):  # leaves the caller's generator alone
+        for which, scheme in enumerate(("he", config.init_b)):
+            torch.manual_seed(2 * config.seed + which)
+            networks.append(UNet3D(num_classes, config.base_channels, config.levels))
+            for name, p in networks[-1].named_parameters():
+                if p.ndim == 5:  # of a convolution; LeakyReLU's slope 0.01 is next to none
+                    draws[scheme](p)
+                elif name.endswith("bias"):
+                    nn.init.zeros_(p)
+    return networks
+
+# 5. Data: NIfTI files in, memory-mapped arrays out ================================================
+class Case(NamedTuple):
+    """One scan."""
+    name: str
+    image: Path
+    label: Path | None = None  # None where there is none, or where training must not read it
+    arrays: tuple = ()  # .npy files, once prepared: image, and of a labelled case label and points
+    spacing: tuple = ()  # x y z in mm, once prepared
+
+@contextmanager
+def atomic(path):
+    """Yield a temporary name beside `path`; rename it to `path` once it is written and on disk.
+    A crash, a full disk or a second writer leaves the old file or the new one, never a half."""
+    temporary = Path(path).with_name(f".{os.getpid()}-{time.monotonic_ns()}-{Path(path).name}")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+def list_scans(path):
+    """{case name: path} of a NIfTI file or a folder of them; nnU-Net's `_0000` is not in a name."""
+    path, scans = Path(path), {}
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if found := re.fullmatch(r"([^.].*?)(_0000)?\.nii(\.gz)?", file.name):
+            if other := scans.get(found[1]) or scans.get(found[1].removesuffix("_0001")):
+                raise UserError(f"{file}: {other.name} is of the same case; keep one image a case")
+            scans[found[1]] = file
+    if not scans:
+        raise UserError(f"{path}: no .nii or .nii.gz file here; give a scan or a folder of scans")
+    return scans
+
+def split_cases(config):
+    """Find the cases of config.data: {"labelled", "unlabelled", "val", "test"}, lists of Case.
+    The test cases are the same for every seed, so that no seed can be tuned on another's. Labelled
+    cases beyond --labelled N lose their label here: no later line can read it."""
+    root = Path(config.data)
+    images, labels = list_scans(root / "imagesTr"), list_scans(root / "labelsTr")
+    for folder in [*filter(Path.is_dir, [root / "imagesUn"]), *config.unlabelled]:
+        more = list_scans(folder)
+        if twice := sorted(more.keys() & images.keys()):
+            raise UserError(f"{more[twice[0]]}: also a case of {root}; rename or remove one")
+        images |= more
+    if orphans := sorted(labels.keys() - images.keys()):
+        raise UserError(f"{labels[orphans[0]]}: no such image in imagesTr; add it, or remove this")
+    known = [Case(name, images[name], labels[name]) for name in sorted(labels)]
+    test, val = (round(n) if n >= 1 else ceil(n * len(known)) for n in (config.test, config.val))
+    known = [known[i] for i in np.random.default_rng(0).permutation(len(known))]
+    order = np.random.default_rng((1, config.seed)).permutation(np.arange(test, len(known)))
+    val, rest = [known[i] for i in order[:val]], [known[i] for i in order[val:]]
+    n = config.labelled or len(rest)
+    if not 0 < n <= len(rest):
+        raise UserError(f"--labelled {n}: {len(rest)} cases are left beside --val and --test")
+    unlabelled = [Case(name, images[name]) for name in sorted(images.keys() - labels.keys())]
+    unlabelled += [case._replace(label=None) for case in rest[n:]]
+    if not unlabelled and config.method != "supervised":
+        raise UserError(f"{root}: no unlabelled image; add imagesUn, --unlabelled or --labelled")
+    return {"labelled": rest[:n], "unlabelled": unlabelled, "val": val, "test": known[:test]}
+
+def read_scan(path, is_label=False, canonical=True):
+    """Read a NIfTI file: volume (X, Y, Z), float32 or uint8, spacing in mm (3,), nibabel image.
+    canonical: turned to RAS+, so that left and right, front and back, foot and head are in their
+    places however the file is stored; `write_like` turns back. UserError unless one finite volume.
+    """
+    try:
+        scan = nib.load(path)
+        if scan.get_data_dtype().kind not in "iuf":
+            raise ValueError(f"its voxels are {scan.get_data_dtype()}, not numbers")
+        volume = scan.get_fdata(dtype=np.float32, caching="unchanged")
+        spacing, axes = nib.affines.voxel_sizes(scan.affine), nib.io_orientation(scan.affine)
+        if volume.ndim < 3 or {*volume.shape[3:]} - {1} or not volume.size:
+            raise ValueError(f"its shape {volume.shape} is not that of one 3D volume")
+        if not all(1e-3 < s < 1e3 for s in spacing) or np.isnan(axes).any():
+            raise ValueError(f"its spacing {spacing.round(6).tolist()} mm is impossible")
+        if not np.isfinite(volume).all():
+            raise ValueError("it holds NaN or infinite values")
+        ids = np.unique(volume) if is_label else np.zeros(1)
+        if (wrong := ids[(abs(ids - ids.round()) > 1e-3) | (ids < -1e-3) | (ids > 255)]).size:
+            raise ValueError(f"label {wrong[0]:g} is no whole number from 0 to 255")
+    except Exception as error:  # a broken file makes nibabel, gzip and numpy raise a dozen types
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: cannot be used, {reason}; replace or mend the file") from error
+    volume = volume.reshape(volume.shape[:3])
+    volume = volume.round().astype(np.uint8) if is_label else volume
+    if canonical:  # in one memory order too: then sums, and so results, agree to the bit
+        volume = np.ascontiguousarray(nib.apply_orientation(volume, axes))
+        spacing = spacing[np.argsort(axes[:, 0])]
+    return volume, spacing, scan
+
+def check_same_grid(path, scan, other):
+    """Raise UserError unless two nibabel images have one shape and, to 0.01 mm, one affine."""
+    if scan.shape[:3] != other.shape[:3] or not np.allclose(scan.affine, other.affine, atol=0.01):
+        raise UserError(f"{path}: not on the grid of {other.get_filename()}; resample one of them")
+
+def resample(volume, shape, is_label=False):
+    """Resample (X, Y, Z) to `shape`, edges aligned: linear, but nearest for labels, whose ids must
+    never be averaged (2 is not between 1 and 3)."""
+    mode = {"mode": "nearest-exact"} if is_label else {"mode": "trilinear", "align_corners": False}
+    return F.interpolate(torch.from_numpy(volume)[None, None], tuple(shape), **mode)[0, 0].numpy()
+
+def preprocess(volume, spacing, config, path):
+    """Resample, clip, z-score, partly in place: float32 (X, Y, Z) for the networks.
+    The clip comes first, so that no implant or table decides mean and sd. Source: paper; that the
+    z-score is over one volume is ours. Raises UserError for a constant volume."""
+    if config.spacing != ("native",):
+        size = np.multiply(volume.shape, spacing) / config.spacing
+        volume = resample(volume, [max(1, round(n)) for n in size])
+    low, high = np.percentile(volume, (0.5, 99.5)) if "auto" in config.clip else config.clip
+    np.clip(volume, low, high, out=volume)
+    std, mean = torch.std_mean(torch.from_numpy(volume))
+    if not std > 1e-6:
+        raise UserError(f"{path}: constant from {low:g} to {high:g}; set --clip or remove it")
+    return torch.from_numpy(volume).sub_(mean).div_(std).numpy()
+
+def prepare_case(case, config):
+    """The case with its arrays in the cache, made only where they are missing, damaged or stale.
+    image: float16, whose 11 bits are finer than 1 HU in the paper's window; label: uint8; points:
+    int32 (n, 4), id and x, y, z of up to 1000 random voxels of each label. The file names hold a
+    hash of all that the arrays depend on: path, size and time of the scan, and settings."""
+    files = [file for file in (case.image, case.label) if file]
+    key = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    key = hashlib.sha256(repr((key, config.clip, config.spacing)).encode()).hexdigest()[:16]
+    parts = ("image", "label", "points", "spacing") if case.label else ("image", "spacing")
+    paths = [f"{config.cache}/{case.name}-{key}.{part}.npy" for part in parts]
+    try:
+        *_, spacing = (np.load(path, mmap_mode="r") for path in paths)
+    except (OSError, ValueError, EOFError):
+        volume, spacing, scan = read_scan(case.image)
+        arrays = [preprocess(volume, spacing, config, case.image).astype(np.float16)]
+        if case.label:
+            label, _, label_scan = read_scan(case.label, is_label=True)
+            check_same_grid(case.label, label_scan, scan)
+            label = resample(label, arrays[0].shape, is_label=True)
+            points, rng = [np.zeros((0, 4), int)], np.random.default_rng(0)
+            for value in np.unique(label[label > 0]):
+                xyz = rng.permutation(np.argwhere(label == value))[:1000]
+                points.append(np.insert(xyz, 0, value, axis=1))
+            arrays += [label, np.concatenate(points).astype(np.int32)]
+        spacing = spacing if "native" in config.spacing else np.array(config.spacing)
+        for path, array in zip(paths, [*arrays, spacing]):
+            with atomic(path) as temporary, open(temporary, "wb") as file:
+                np.save(file, array)
+    return case._replace(arrays=tuple(paths[:-1]), spacing=tuple(spacing.tolist()))
+
+def for_each(what, items, one, threads=1):
+    """Call one(name, item) for all items; a bad one is reported, the others are done. Returns the
+    exit code: 0, 1 if some failed, 2 if all did."""
+    def attempt(pair):
+        try:
+            one(*pair)
+        except UserError as error:
+            failed.append(print(f"error: {error}", file=sys.stderr))
+
+    failed, start = [], time.monotonic()
+    with ThreadPoolExecutor(threads) as pool:
+        for i, _ in enumerate(pool.map(attempt, items.items()), 1):
+            progress(what, i, len(items), start)
+    seconds = (time.monotonic() - start) / len(items)
+    print(f"{what}: {len(items) - len(failed)} of {len(items)} cases done, {seconds:.2f} s a case")
+    return 0 if not failed else 2 if len(failed) == len(items) else 1
+
+def prepare(split, config):
+    """The split, all its cases checked and cached; the problems of all are reported in one go."""
+    def one(name, case):
+        done[name] = prepare_case(case, config)
+        if case.label and not len(np.load(done[name].arrays[2])):
+            print(f"warning: {case.label}: no voxel is labelled", file=sys.stderr)
+
+    done, cases = {}, {case.name: case for part in split.values() for case in part}
+    if for_each("preparing", cases, one, threads=min(4, os.cpu_count() or 1)):
+        raise UserError(f"{config.data}: {len(cases) - len(done)} cases cannot be used, see above")
+    return {part: [done[case.name] for case in cases] for part, cases in split.items()}
+
+def label_names(folder, ids):
+    """{id: name} from the dataset.json of a folder, as MSD or as nnU-Net writes it, or the id."""
+    file = Path(folder) / "dataset.json"
+    labels = json.loads(file.read_text())["labels"] if file.exists() else {}
+    known = dict((k, v) if k.isdigit() else (str(v), k) for k, v in labels.items())
+    return {i: known.get(str(i), str(i)) for i in ids}
+
+def progress(what, done, total, start):
+    """Redraw one line with the time left, on a terminal only."""
+    if sys.stdout.isatty():
+        left = timedelta(seconds=int((time.monotonic() - start) / done * (total - done)))
+        print(f"\r{what} {done}/{total}, {left} left  ", end="\n" * (done == total), flush=True)
+
+# 6. Phantom: something to segment on any machine ==================================================
+# name, centre and radii in half body widths (x right, y front, z up), HU. The kidneys are one shape
+# and one intensity: only what lies around them tells right from left. The first 4 get no label.
+ORGANS = (("fat", (0, 0, 0), (1, 0.9, 4), -90), ("muscle", (0, 0, 0), (0.9, 0.8, 4), 45),
+          ("spine", (0, -0.58, 0), (0.17, 0.2, 3), 350),
+          ("stomach", (-0.28, 0.4, 0.3), (0.26, 0.26, 0.3), 60),
+          ("liver", (0.42, 0.12, 0.3), (0.42, 0.5, 0.5), 105),
+          ("spleen", (-0.58, -0.22, 0.35), (0.22, 0.3, 0.34), 120),
+          ("right kidney", (0.4, -0.42, -0.4), (0.18, 0.18, 0.34), 165),
+          ("left kidney", (-0.4, -0.42, -0.4), (0.18, 0.18, 0.34), 165),
+          ("aorta", (-0.07, -0.2, 0), (0.12, 0.12, 3), 180))
+
+def phantom_volume(rng, shape=(56, 48, 40)):
+    """A body in RAS+: image float (X, Y, Z) in HU and label uint8. Place, size and outline of the
+    organs, phase of the contrast agent, blur and noise of the scanner vary from case to case."""
+    grid = np.stack(np.meshgrid(*(np.linspace(-1.1, 1.1, n) for n in shape), indexing="ij"))
+    for coordinate in grid:  # a smooth random displacement: no outline is an ellipsoid
+        wave = ndimage.gaussian_filter(rng.standard_normal(shape), 5)
+        coordinate += wave / wave.std() * rng.uniform(0.02, 0.06)
+    image, label, phase = np.full(shape, -1000.0), np.zeros(shape, np.uint8), rng.uniform(0.8, 1.2)
+    for i, (_, centre, radii, hu) in enumerate(ORGANS, -3):
+        centre = np.add(centre, rng.uniform(-0.06, 0.06, 3) * (i > -2))
+        radii = np.multiply(radii, rng.uniform(0.9, 1.1, 3) if i > -2 else 1)
+        organ = sum(((g - c) / r) ** 2 for g, c, r in zip(grid, centre, radii)) < 1
+        image[organ], label[organ] = hu * phase * rng.uniform(0.95, 1.05), max(0, i)
+    image = ndimage.gaussian_filter(image, rng.uniform(0.4, 0.8)) + rng.uniform(-10, 10)
+    return image + rng.normal(0, rng.uniform(10, 40), shape), label
+
+def make_phantom(folder):
+    """Write the phantom as NIfTI: 12 labelled cases (Tr), 24 unlabelled (Un), 4 to test (Ts).
+    Stored as scanners do, x to the left and y to the back (LPS), so that nothing works merely
+    because arrays happen to be RAS+. Built under another name, then renamed: whole or not there."""
+    folder, build = Path(folder), Path(f"{folder}-{os.getpid()}")
+    for group, part, count in ((0, "Tr", 12), (1, "Un", 24), (2, "Ts", 4)):
+        for i in range(0 if folder.exists() else count):
+            arrays = phantom_volume(np.random.default_rng((group, i)))
+            for kind, end, array in zip(("images", "labels"), ("_0000", ""), arrays):
+                path = build / (kind + part) / f"phantom{part}{i:02}{end}.nii.gz"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                array = array[::-1, ::-1].round().astype(np.int16)
+                nib.save(nib.Nifti1Image(array, np.diag((-6.0, -6.0, 6.0, 1.0))), path)
+    if build.exists():
+        shutil.rmtree(build / "labelsUn")
+        labels = {"background": 0} | {organ[0]: i for i, organ in enumerate(ORGANS[4:], 1)}
+        (build / "dataset.json").write_text(json.dumps({"labels": labels}))
+        build.rename(folder)
+
+# 7. Patches: batch number i, from (seed, i) alone =================================================
+def read_box(image, label, corner, shape, matrix=None):
+    """Cut a box out of a volume; outside the volume it holds 0 (the mean) and the label -1.
+    image: (X, Y, Z), may be memory-mapped: only the box is read. label: the same in uint8, or None
+    (then 0). matrix (3, 3) maps offsets from the box's centre to offsets in the volume: rotation
+    and scale. Returns image float32 and label int64, both of `shape`."""
+    corner, shape = np.asarray(corner), np.asarray(shape)
+    if matrix is not None:  # read the box that covers the turned one, and turn it: linear, nearest
+        half = np.ceil(np.abs(matrix) @ (shape / 2)).astype(int) + 1
+        wide = read_box(image, label, corner + shape // 2 - half, 2 * half + 1)
+        offset = half - matrix @ (shape // 2)
+        return [ndimage.affine_transform(w, matrix, offset, tuple(shape), order=order, cval=outside)
+                for w, order, outside in zip(wide, (1, 0), (0, -1))]
+    box, labels = np.zeros(shape, np.float32), np.full(shape, -1, np.int64)
+    low, high = np.clip(corner, 0, image.shape), np.clip(corner + shape, 0, image.shape)
+    there, here = tuple(map(slice, low, high)), tuple(map(slice, low - corner, high - corner))
+    box[here] = image[there]
+    labels[here] = 0 if label is None else label[there]
+    return box, labels
+
+def spatial_matrix(rng, spacing):
+    """Rotation up to 30 degrees about each axis and scale 0.7 to 1.4, for `read_box` [nnU-Net]. It
+    turns in mm: turned in voxels of 1 x 1 x 5 mm, the body would be sheared."""
+    rotation = Rotation.from_euler("xyz", rng.uniform(-30, 30, 3), degrees=True).as_matrix()
+    scale = rng.uniform(*((0.7, 1) if rng.random() < 0.5 else (1, 1.4)))
+    return scale * np.diag(1 / np.asarray(spacing)) @ rotation @ np.diag(spacing)
+
+def augment(patch, rng, chance):
+    """Intensity augmentation of a float32 patch (X, Y, Z): kinds, chances and ranges of nnU-Net.
+    `chance` scales the chances; 0 switches all off. Returns a new float32 array."""
+    chances = chance * np.array((0.1, 0.1, 0.15, 0.15, 0.25, 0.3))
+    noise, blur, brightness, contrast, coarse, gamma = rng.random(6) < chances
+    if noise:
+        patch = patch + rng.uniform(0, 0.1) * rng.standard_normal(patch.shape, np.float32)
+    if blur:
+        patch = ndimage.gaussian_filter(patch, rng.uniform(0.5, 1))
+    if brightness:
+        patch = patch * rng.uniform(0.75, 1.25)
+    if contrast:
+        mean, low, high = patch.mean(), patch.min(), patch.max()
+        patch = np.clip((patch - mean) * rng.uniform(0.75, 1.25) + mean, low, high)
+    if coarse:  # low resolution: every n-th voxel, then back to size
+        zoom, full = rng.uniform(0.5, 1), np.array(patch, np.float32)
+        small = resample(full, [max(1, round(n * zoom)) for n in full.shape], is_label=True)
+        patch = resample(small, full.shape)
+    if gamma:
+        sign = -1 if rng.random() < 1 / 3 else 1  # inverted in one of three
+        patch, low, high = sign * patch, (sign * patch).min(), (sign * patch).max()
+        unit = (patch - low) / max(high - low, 1e-6)
+        patch = sign * (unit ** rng.uniform(0.7, 1.5) * (high - low) + low)
+    return np.array(patch, dtype=np.float32)
+
+class Patches(torch.utils.data.Dataset):
+    """Item i is the batch of step i, a dict. tensors: images for A and for B, (B + n, 1, *P), first
+    B labelled patches, then n crops; target int64 (B, *P), classes or -1 for padding; valid bool
+    (n, *P), A's crop less padding. overlaps: n pairs of slices, into A's crop and into B's. names:
+    of the cases. n is B, or 0 for `supervised`.
+    Patch g of step i comes from the generator (seed, i, g) alone, g counted over all processes: any
+    step can be rebuilt, so that resuming is exact and the number of loader workers or processes
+    changes nothing. Source: ours."""
+    def __init__(self, config, split, ids, rank=0):
+        self.config, self.split, self.patch = config, split, np.array(config.patch)
+        self.which = range(rank * config.batch, (rank + 1) * config.batch)
+        self.class_of = np.zeros(256, np.int64)  # label id -> class
+        self.class_of[ids] = np.arange(1, len(ids) + 1)
+
+    def __len__(self):
+        return self.config.epochs * self.config.epoch_steps
+
+    def __getitem__(self, step):
+        labelled, pairs, names = [], [], []
+        for g in self.which:
+            rng = np.random.default_rng((self.config.seed, step, g))
+            case = self.split["labelled"][rng.integers(len(self.split["labelled"]))]
+            labelled.append(self.labelled_patch(case, rng, centred=(step + g) % 2 == 1))
+            names.append(case.name)
+            if self.config.method != "supervised":  # drawn last: the above is alike for all methods
+                case = self.split["unlabelled"][rng.integers(len(self.split["unlabelled"]))]
+                pairs.append(self.unlabelled_pair(case, rng)[::-1 if step % 2 else 1])
+                names.append(case.name)
+        images, target = zip(*labelled)
+        images = [np.stack([*images, *(pair[i][0] for pair in pairs)])[:, None] for i in (0, 1)]
+        valid = np.stack([pair[0][2] for pair in pairs] or target) >= 0
+        tensors = [torch.from_numpy(array) for array in (*images, np.stack(target), valid)]
+        return {"tensors": tensors, "overlaps": [(a[1], b[1]) for a, b in pairs], "names": names}
+
+    def cut(self, case, rng, corner, shape):
+        """A box of a case, by chance turned, scaled and mirrored: image float32, classes int64."""
+        image, *label = (np.load(path, mmap_mode="r") for path in case.arrays[:2])
+        matrix = spatial_matrix(rng, case.spacing) if rng.random() < self.config.spatial else None
+        image, label = read_box(image, label[0] if label else None, corner, shape, matrix)
+        axes = tuple("xyz".index(a) for a in self.config.mirror if rng.random() < 0.5)
+        return np.flip(image, axes), np.flip(np.where(label < 0, -1, self.class_of[label]), axes)
+
+    def labelled_patch(self, case, rng, centred):
+        """A patch and its classes; `centred` on a random voxel of a random class of the case, which
+        is nnU-Net's remedy for small organs. It needs the label: on unlabelled cases, a leak."""
+        room = np.maximum(np.load(case.arrays[0], mmap_mode="r").shape - self.patch, 0)
+        corner, points = rng.integers(0, room + 1), np.load(case.arrays[2])
+        if centred and len(points):
+            points = points[points[:, 0] == rng.choice(np.unique(points[:, 0]))]
+            corner = np.clip(points[rng.integers(len(points)), 1:] - self.patch // 2, 0, room)
+        image, classes = self.cut(case, rng, corner, self.patch)
+        return augment(image, rng, self.config.intensity), classes
+
+    def unlabelled_pair(self, case, rng):
+        """Two crops of one volume, each (image, slices of the overlap, -1 for padding and else 0).
+        Both come from one box around the two: what turns or mirrors it does so to both alike, and
+        the overlap stays a box. Their intensities are augmented apart, so that one voxel has two
+        looks and two surroundings. Method `cps` differs in one point: the crops are equal."""
+        shape = np.load(case.arrays[0], mmap_mode="r").shape
+        corners = overlapping_corners(rng, shape, self.patch, self.config.min_overlap)
+        corners = corners if self.config.method == "context" else (corners[0], corners[0])
+        low, high = np.min(corners, axis=0), np.max(corners, axis=0) + self.patch
+        image, inside = self.cut(case, rng, low, high - low)
+        crops = []
+        for corner, overlap in zip(corners, overlap_slices(*corners, self.patch.tolist())):
+            here = tuple(map(slice, corner - low, corner - low + self.patch))
+            crops.append((augment(image[here], rng, self.config.intensity), overlap, inside[here]))
+        return crops
+
+# 8. Training ======================================================================================
+def train_step(networks, optimisers, batch, lam, config, scaler, autocast):
+    """The heart: one optimiser step of A and of B on a batch of `Patches`.
+    Returns float (4,): loss_sup, loss_cps, and on the overlaps the share of voxels on which A and B
+    agree and the share of foreground pseudo labels. They stay on the device: no waiting for a GPU.
+    """
+    (*images, target, valid), overlaps = batch["tensors"], batch["overlaps"]
+    with autocast:  # one forward for labelled patches and crops: instance norm keeps them apart
+        logits = [network(image) for network, image in zip(networks, images)]  # (B + n, K, *P)
+    sup = sum(dice_ce_loss(out[:len(target)], target) for out in logits)
+    terms = []
+    for i, pair in enumerate(overlaps):
+        a, b = (out[i - len(overlaps), None][(..., *where)] for out, where in zip(logits, pair))
+        seen = valid[i, None][(..., *pair[0])]  # (1, x, y, z); a, b: (1, K, x, y, z)
+        labels = torch.stack((pseudo_label(a), pseudo_label(b)))
+        terms.append(torch.stack((cross_pseudo_loss(a, b, seen, config.pseudo_loss == "dice_ce"),
+                                  (labels[0] == labels[1]).float().mean(),
+                                  labels.sign().float().mean())))
+    cps, agreement, foreground = torch.stack(terms).mean(0) if terms else sup.new_zeros(3)
+    loss = sup + lam * cps
+
+    scaler.scale(loss).backward()
+    for network, optimiser in zip(networks, optimisers):
+        scaler.unscale_(optimiser)
+        if config.grad_clip:
+            nn.utils.clip_grad_norm_(network.parameters(), config.grad_clip)
+        scaler.step(optimiser)
+        optimiser.zero_grad(set_to_none=True)
+    scaler.update()
+    return torch.stack((sup, cps, agreement, foreground)).detach()
+
+# ---- The heart ends here. The rest is bookkeeping.
+
+class Run:
+    """All that changes while training, which is all that a checkpoint holds."""
+    def __init__(self, config, ids, names):
+        gpu = config.device[:4] == "cuda" or config.device == "auto" and torch.cuda.is_available()
+        self.device = torch.device(config.device.replace("auto", "cuda" if gpu else "cpu"))
+        self.config, self.ids, self.names = config, ids, names
+        self.networks = [n.to(self.device, memory_format=torch.channels_last_3d)
+                         for n in make_pair(config, len(ids) + 1)]
+        self.optimisers = [torch.optim.SGD(n.parameters(), config.lr, config.momentum, nesterov=True,
+                                           weight_decay=config.weight_decay) for n in self.networks]
+        bf16 = config.amp == "bf16" or config.amp == "auto" and gpu and torch.cuda.is_bf16_supported()
+        half, amp = torch.bfloat16 if bf16 else torch.float16, gpu and config.amp != "off"
+        self.autocast = torch.autocast(self.device.type, half, enabled=amp)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp and not bf16)
+        self.step, self.best, self.rows = 0, -1.0, []
+        self.sums, self.counted = torch.zeros(4, device=self.device), 0  # since the last row
+
+    def save(self, name):
+        """Write a checkpoint of tensors and plain values, which loads with weights_only."""
+        keep = ("ids", "names", "step", "best", "rows", "sums", "counted")
+        state = {key: getattr(self, key) for key in keep} | {"config": asdict(self.config)}
+        with atomic(Path(self.config.out) / name) as temporary:
+            parts = [part.state_dict() for part in (*self.networks, *self.optimisers, self.scaler)]
+            torch.save(state | {"parts": parts}, temporary)
+
+    @classmethod
+    def load(cls, path, **changes):
+        """The run of a checkpoint, some fields of its config changed. Code in it is not run."""
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            run = cls(Config(**state.pop("config") | changes), state["ids"], state["names"])
+            parts = (*run.networks, *run.optimisers, run.scaler)
+            for part, values in zip(parts, state.pop("parts")):
+                part.load_state_dict(values or part.state_dict())  # a scaler that was off has none
+            vars(run).update(state, sums=state["sums"].to(run.device))
+            return run
+        except (OSError, UserError):
+            raise
+        except Exception as error:  # for a damaged file torch, zipfile and pickle raise many types
+            raise UserError(f"{path}: no checkpoint of this program, or damaged; use another "
+                            f"({type(error).__name__})") from error
+
+def train(config):
+    """Train a pair of networks. Returns {"best_dice", "checkpoint", "steps", "results"}.
+    best_dice is that of the best checkpoint on the validation cases; results, {case: {id: (Dice,
+    NSD)}}, are those of the test cases, or of the validation cases if none were set apart."""
+    out, last, best = Path(config.out), Path(config.out) / "last.pt", f"{config.out}/best.pt"
+    if last.exists() and not config.resume:
+        raise UserError(f"{out}: holds a run; go on with --resume, or choose another --out")
+    split = split_cases(config)
+    print(*(f"{key}={value}" for key, value in asdict(config).items()))
+    print("cases:", ", ".join(f"{len(cases)} {part}" for part, cases in split.items()))
+    split = prepare(split, config)
+    points = [np.load(c.arrays[2]) for cases in split.values() for c in cases if c.label]
+    if not (ids := np.unique(np.concatenate(points)[:, 0]).tolist()):
+        raise UserError(f"{config.data}: all labels are empty; there is nothing to learn")
+    if last.exists():
+        run = Run.load(last, **{key: getattr(config, key) for key in MAY_CHANGE})
+        if other := dict(asdict(config).items() - asdict(run.config).items()):
+            raise UserError(f"{last}: begun with others than {other}; leave out, or change --out")
+    else:
+        run = Run(config, ids, label_names(config.data, ids))
+        names = {part: [case.name for case in cases] for part, cases in split.items()}
+        for file, content in (("split.json", names), ("config.json", asdict(config))):
+            with atomic(out / file) as temporary:
+                temporary.write_text(json.dumps(content, indent=1))
+        shutil.copy(__file__, out / "cps.py")
+        run.save("last.pt")
+    train_loop(run, Patches(config, split, ids), split["val"])
+
+    part = "test" if split["test"] else "val"
+    results = validate(Run.load(best, device=config.device), split[part], tolerance=2.0)
+    print(f"\n{best}: mean Dice {run.best:.4f} on the {len(split['val'])} cases that chose it")
+    if results:
+        print(f"{len(results)} {part} cases:\n{table(results, run.names, '2 mm')}")
+    images = f"{config.data}/imagesT" + "rs"[Path(f"{config.data}/imagesTs").is_dir()]
+    print(f"\nNext: python cps.py predict {best} {images} {out}/predictions")
+    return {"best_dice": run.best, "checkpoint": best, "steps": run.step, "results": results}
+
+def train_loop(run, patches, val):
+    """From the step of `run` to the last; each epoch a row, a checkpoint and maybe validation."""
+    config, device, gpu, stop = run.config, run.device, run.device.type == "cuda", []
+
+    def note(number, frame):  # a first signal lets the step end, a second one ends the process
+        stop.append(signal.signal(number, signal.SIG_DFL))
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    torch.backends.cudnn.benchmark = gpu
+    loader = torch.utils.data.DataLoader(
+        patches, None, sampler=range(run.step, len(patches)), num_workers=gpu * config.workers,
+        pin_memory=gpu, worker_init_fn=lambda _: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    start, first = time.monotonic(), run.step
+    for batch in loader:
+        batch["tensors"] = [tensor.to(device, non_blocking=True) for tensor in batch["tensors"]]
+        if run.step == first == 0:
+            with torch.no_grad():
+                a, b = (pseudo_label(network(batch["tensors"][0])) for network in run.networks)
+            print(f"on {device}; at first A and B agree on {(a == b).float().mean():.1%} of voxels\n"
+                  "  step       lr   lam  loss_sup  loss_cps  agreement  foreground    dice  seconds"
+                  "  time left", flush=True)
+        lam = config.lam * rampup(run.step, config.rampup * len(patches))
+        lr = config.lr * 0.5 ** (run.step // config.epoch_steps // config.halve_epochs)
+        for optimiser in run.optimisers:
+            optimiser.param_groups[0]["lr"] = lr
+        run.sums += train_step(run.networks, run.optimisers, batch, lam, config, run.scaler,
+                               run.autocast)
+        run.step, run.counted = run.step + 1, run.counted + 1
+        progress("step", run.step - first, len(patches) - first, start)
+        if run.step % config.epoch_steps == 0:
+            end_epoch(run, patches, val, lr, lam, (time.monotonic() - start) / (run.step - first))
+            start, first = time.monotonic(), run.step
+        if stop:
+            run.save("last.pt")
+            raise KeyboardInterrupt(f"step {run.step} is saved; go on: --out {config.out} --resume")
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+LOG = ("step", "lr", "lam", "loss_sup", "loss_cps", "agreement", "foreground", "dice", "seconds")
+
+def end_epoch(run, patches, val, lr, lam, seconds):
+    """Validate if it is time, log a row, write last.pt and, if this is the best, best.pt."""
+    config, dice, means = run.config, nan, (run.sums / run.counted).tolist()
+    epoch, steps = run.step // config.epoch_steps, range(run.step - run.counted, run.step)
+    if not np.isfinite(means).all():
+        names = sorted({name for step in steps for name in patches[step]["names"]})[:8]
+        raise UserError(f"{config.out}: the loss is not finite after step {steps[0]}, cases "
+                        f"{', '.join(names)}; lower --lr; last.pt is still good")
+    if epoch % config.validate_epochs == 0 or epoch == config.epochs:
+        scores = [d for case in validate(run, val).values() for d, _ in case.values()]
+        dice = float(np.mean(scores)) if scores else nan
+    means[1:] = means[1:] if config.method != "supervised" else [nan] * 3
+    run.rows.append((run.step, lr, lam, *means, dice, seconds))
+    run.sums, run.counted = torch.zeros_like(run.sums), 0
+    with atomic(Path(config.out) / "log.csv") as temporary:  # all rows anew: no gap, no double
+        np.savetxt(temporary, run.rows, "%.6g", ",", header=",".join(LOG), comments="")
+    left = timedelta(seconds=int(seconds * (len(patches) - run.step)))
+    print("{:6} {:8.5f} {:5.2f} {:9.4f} {:9.4f} {:10.3f} {:11.4f} {:7.4f} {:8.3f}  {}".format(
+        *run.rows[-1], left), flush=True)
+    if dice > run.best or epoch == config.epochs and not val:
+        run.best = dice
+        run.save("best.pt")
+    run.save("last.pt")
+
+def validate(run, cases, tolerance=None):
+    """{case: {id: (Dice, NSD)}} of prepared cases, by the same path as `predict`."""
+    results = {}
+    for case in cases:
+        image, label = (np.load(path, mmap_mode="r") for path in case.arrays[:2])
+        found = np.array([0, *run.ids])[segment(run, image)]
+        results[case.name] = evaluate_case(found, label, case.spacing, run.ids, tolerance)
+    return results
+
+# 9. Inference =====================================================================================
+@torch.inference_mode()
+def sliding_window(networks, volume, patch, num_classes, overlap=0.5, device="cpu", flips=((),)):
+    """Segment a preprocessed volume of any size: float (X, Y, Z) to uint8 (X, Y, Z).
+    A voxel gets the class of the largest Gaussian-weighted mean softmax over all windows, networks
+    and flips (sets of axes of (B, C, X, Y, Z) to mirror). Windows are spread evenly, the last ends
+    at the end; a volume smaller than the patch is padded at its end. The sum of the weights is the
+    same for all classes, so no map of it is needed.
+    Memory: of the sums only a slab exists, (K, patch length, two whole axes), along the axis where
+    that is smallest. What no later window can reach is turned to uint8 and leaves, so that a longer
+    scan takes no more memory. Source: ours; the frameworks hold (K, X, Y, Z) floats."""
+    shape = np.maximum(volume.shape, patch)
+    axis = int(np.argmin(np.asarray(patch) / shape))
+    counts = [ceil((s - p) / (p * (1 - overlap))) + 1 for s, p in zip(shape, patch)]
+    starts = [np.linspace(0, s - p, n).round().astype(int) for s, p, n in zip(shape, patch, counts)]
+    firsts, starts[axis] = starts[axis], [0]  # along `axis`, corners are counted within the slab
+    x, y, z = (np.exp(-0.5 * ((np.arange(p) - (p - 1) / 2) / (p / 8)) ** 2) for p in patch)
+    weight = torch.tensor(np.einsum("x,y,z->xyz", x, y, z), dtype=torch.float32, device=device)
+    slab = torch.zeros(num_classes, *np.where(np.arange(3) == axis, patch, shape), device=device)
+    result = np.zeros(shape, np.uint8)
+    for first, after in itertools.pairwise([*firsts, shape[axis]]):
+        for corner in itertools.product(*starts):
+            box, _ = read_box(volume, None, corner + np.eye(3, dtype=int)[axis] * first, patch)
+            window = torch.from_numpy(box)[None, None].to(device)
+            place = slab[(..., *(slice(c, c + p) for c, p in zip(corner, patch)))]
+            for network, axes in itertools.product(networks, flips):
+                place += network(window.flip(axes)).float().softmax(1).flip(axes)[0] * weight
+        done, kept = after - first, patch[axis] - (after - first)
+        ready = slab.narrow(axis + 1, 0, done).argmax(0).to(torch.uint8).cpu().numpy()
+        result.swapaxes(0, axis)[first:after] = ready.swapaxes(0, axis)
+        for layer in slab:  # class by class: to move all at once would take half a slab more
+            layer.narrow(axis, 0, kept).copy_(layer.narrow(axis, done, kept).clone())
+            layer.narrow(axis, kept, done).zero_()
+    return result[tuple(map(slice, volume.shape))]
+
+def largest_components(labels):
+    """Keep the largest component (of voxels that share a face) of each label of uint8 (X, Y, Z)."""
+    kept = np.zeros_like(labels)
+    for label, box in enumerate(ndimage.find_objects(labels), 1):
+        if box:
+            parts, _ = ndimage.label(labels[box] == label)
+            kept[box][parts == np.bincount(parts.ravel())[1:].argmax() + 1] = label
+    return kept
+
+def segment(run, volume, networks="both", largest=True, flips=((),)):
+    """Classes uint8 (X, Y, Z) of a preprocessed volume: sliding window, largest components."""
+    networks = {"a": run.networks[:1], "b": run.networks[1:], "both": run.networks}[networks]
+    with run.autocast:
+        classes = sliding_window(networks, volume, run.config.patch, len(run.ids) + 1,
+                                 device=run.device, flips=flips)
+    return largest_components(classes) if largest else classes
+
+def write_like(labels, scan, path):
+    """Write RAS+ labels uint8 (X, Y, Z) as NIfTI in shape, orientation and geometry of a scan."""
+    header, ras = scan.header.copy(), [(0, 1), (1, 1), (2, 1)]
+    back = nib.orientations.ornt_transform(ras, nib.io_orientation(scan.affine))
+    header.set_data_dtype(np.uint8)
+    header["cal_min"] = header["cal_max"] = 0
+    labels = nib.apply_orientation(labels, back).reshape(scan.shape)
+    with atomic(path) as temporary:  # affine None: the header keeps its qform, sform and codes
+        nib.save(type(scan)(labels, None, header), temporary)
+
+def predict(
+        checkpoint: str,  # best.pt or last.pt of a run
+        images: str,  # a NIfTI file or a folder of them
+        out: str,  # folder for the segmentations
+        networks: Literal["a", "b", "both"] = "both",  # both: mean softmax [ours; CPS: a]
+        tta: bool = False,  # average over mirrored copies, along the axes that were trained with
+        largest: bool = True,  # keep only the largest component of each label [ours]
+        device: str = "auto"):  # cpu, cuda, cuda:1, ...
+    """Segment a scan or the scans of a folder. Returns the exit code: 1 if some could not be."""
+    run = Run.load(checkpoint, device=device)
+    axes = [2 + "xyz".index(a) for a in run.config.mirror] if tta else []
+    flips = [f for n in range(len(axes) + 1) for f in itertools.combinations(axes, n)]
+    if tta and not axes:
+        raise UserError("--tta: the networks were trained without --mirror; leave it out")
+
+    def one(name, path):
+        volume, spacing, scan = read_scan(path)
+        shape = volume.shape
+        volume = preprocess(volume, spacing, run.config, path)
+        labels = segment(run, volume, networks, largest, flips)
+        labels = labels if labels.shape == shape else resample(labels, shape, is_label=True)
+        write_like(np.array([0, *run.ids], np.uint8)[labels], scan, Path(out) / f"{name}.nii.gz")
+
+    return for_each("predicting", list_scans(images), one)
+
+# 10. Evaluation ===================================================================================
+FLARE22 = {1: 5, 2: 3, 3: 3, 4: 5, 5: 2, 6: 2, 7: 2, 8: 2, 9: 2, 10: 3, 11: 5, 12: 7, 13: 3}  # mm
+FLARE22_TUBES = (5, 6, 10)  # aorta, vena cava, esophagus: judged on the reference's slices only
+
+# The surface at a voxel corner, by the code of its 2x2x2 voxels (weights 128, 64 ... 1 in C order):
+# normals of its triangles, |n| in eighths [google-deepmind/surface-distance]. Mirrors and turns of
+# the cube and the complement give the other codes: 13 rows hold the table of 256.
+SURFELS = {1: ((1, 1, 1),), 3: ((2, 2, 0),) * 2, 6: ((1, 1, 1),) * 2, 24: ((1, 1, 1),) * 2,
+           7: ((4, 0, 0), (2, 2, 2), (1, 1, 1)), 22: ((1, 1, 1),) * 3, 105: ((1, 1, 1),) * 4,
+           25: ((0, 2, 2), (0, 2, 2), (1, 1, 1)), 23: ((1, 1, 1), (2, 2, 2)) * 2,
+           15: ((4, 0, 0),) * 2, 27: ((1, 1, 1), (3, 3, 3), (0, 2, 2), (2, 0, 2)),
+           30: ((4, 0, 0), (1, 1, 1), (1, 1, 1), (2, 2, 2)), 60: ((2, 2, 0),) * 4}
+
+def surfel_areas(spacing):
+    """float (256,): area in mm2 of the surface at a voxel corner, by code; spacing in mm (3,)."""
+    normals, (s0, s1, s2) = np.zeros((256, 4, 3)), spacing
+    turns = itertools.product(itertools.permutations(range(3)), *[(1, -1)] * 3)
+    for (axes, i, j, k), (code, rows) in itertools.product(turns, SURFELS.items()):
+        twin = np.unpackbits(np.uint8(code)).reshape(2, 2, 2).transpose(axes)[::i, ::j, ::k]
+        for bits in (twin, 1 - twin):
+            normals[np.packbits(bits)[0], :len(rows)] = np.array(rows)[:, axes]
+    return np.linalg.norm(normals / 8 * (s1 * s2, s0 * s2, s0 * s1), axis=2).sum(axis=1)
+
+def corner_codes(mask):
+    """uint8 (X+1, Y+1, Z+1): which of the 8 voxels at each corner belong to a bool mask."""
+    padded, codes = np.pad(mask, 1).view(np.uint8), np.zeros(np.add(mask.shape, 1), np.uint8)
+    for bit, offset in enumerate(itertools.product((0, 1), repeat=3)):
+        codes |= padded[tuple(slice(o, o + n) for o, n in zip(offset, codes.shape))] << (7 - bit)
+    return codes
+
+def dice(pred, ref):
+    """Dice coefficient of two bool arrays: 1 if both are empty, 0 if one is [FLARE22]."""
+    size = np.count_nonzero(pred) + np.count_nonzero(ref)
+    return 2 * np.count_nonzero(pred & ref) / size if size else 1.0
+
+def surface_dice(pred, ref, spacing, tolerance):
+    """Surface Dice (NSD) of two bool arrays (X, Y, Z): the share of the area of both surfaces that
+    lies within `tolerance` mm of the other one. spacing in mm, in array order.
+    1 if both are empty, 0 if one is. Computed in the box around both, which changes nothing and is
+    what makes it fast. Source: google-deepmind/surface-distance, which FLARE22 uses."""
+    if not pred.any() or not ref.any():
+        return float(pred.any() == ref.any())
+    box = ndimage.find_objects((pred | ref).view(np.uint8))[0]
+    codes = [corner_codes(mask[box]) for mask in (pred, ref)]
+    surfaces = [(code != 0) & (code != 255) for code in codes]
+    areas, near, total = surfel_areas(spacing), 0.0, 0.0
+    for code, here, there in zip(codes, surfaces, surfaces[::-1]):
+        distance = ndimage.distance_transform_edt(~there, sampling=spacing)[here]
+        area = areas[code[here]]
+        near, total = near + area[distance <= tolerance].sum(), total + area.sum()
+    return float(near / total)
+
+def evaluate_case(pred, ref, spacing, labels, tolerances=None, flare22=False):
+    """{label: (Dice, NSD)} of two integer arrays (X, Y, Z); spacing in mm in array order.
+    tolerances in mm: one, or one for each label (sequence or dict); None: no NSD (NaN). flare22
+    follows the challenge's code: NSD is 0 below a Dice of 0.2; aorta, inferior vena cava and
+    esophagus count from the reference's first slice to its last but one; 4 digits. (A reference on
+    one slice crashes that code; here that slice counts.)"""
+    if tolerances is not None and not isinstance(tolerances, dict):
+        tolerances = dict(zip(labels, np.broadcast_to(tolerances, len(labels))))
+    boxes = [ndimage.find_objects(a.astype(np.uint8, copy=False), max(labels)) for a in (pred, ref)]
+    results = {}
+    for label in labels:
+        found = [b[label - 1] for b in boxes]
+        if None in found:
+            results[label] = (1.0, 1.0) if found == [None, None] else (0.0, 0.0)
+            continue
+        box = [slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(*found)]
+        if flare22 and label in FLARE22_TUBES:
+            z = found[1][2]
+            box[2] = slice(z.start, max(z.stop - 1, z.start + 1))
+        p, r = pred[tuple(box)] == label, ref[tuple(box)] == label
+        dsc, nsd = dice(p, r), nan
+        if tolerances is not None:
+            nsd = 0.0 if flare22 and dsc < 0.2 else surface_dice(p, r, spacing, tolerances[label])
+        results[label] = (round(dsc, 4), round(nsd, 4)) if flare22 else (dsc, nsd)
+    return results
+
+def table(results, names, tolerance):
+    """Text table of {case: {label: (Dice, NSD)}}: mean +- sd over the cases, a row a label."""
+    scores = np.array([[case[label] for label in names] for case in results.values()])
+    scores = np.concatenate((scores, scores.mean(1, keepdims=True)), 1)  # (cases, labels + 1, 2)
+    rows = [f"{'label':16} {'Dice':>16}  {'NSD (' + tolerance + ')':>16}"]
+    for name, m, s in zip([*names.values(), "mean"], scores.mean(0), scores.std(0)):
+        rows.append(f"{name[:16]:16} {m[0]:.4f} +- {s[0]:.4f}  {m[1]:.4f} +- {s[1]:.4f}")
+    return "\n".join(rows)
+
+def evaluate(
+        predictions: str,  # a NIfTI file or a folder of them
+        references: str,  # the same; cases of two folders go together by name
+        flare22: bool = False,  # organs, tolerances and rules of the challenge
+        tolerance: float = 2.0,  # of the surface Dice, in mm
+        csv: str = ""):  # also write the scores of each case to this file
+    """Dice and surface Dice of segmentations. Returns the exit code. A missing prediction counts as
+    empty; the challenge's own code would leave the case out."""
+    known, found, results = list_scans(references), list_scans(predictions), {}
+    if Path(references).is_file():  # of two files the names do not matter
+        found = dict(zip(known, found.values()))
+    tolerances, title = (FLARE22, "FLARE22") if flare22 else (tolerance, f"{tolerance:g} mm")
+
+    def one(name, path):
+        ref, _, scan = read_scan(path, is_label=True, canonical=False)
+        pred = np.zeros_like(ref)
+        if name in found:
+            pred, _, pred_scan = read_scan(found[name], is_label=True, canonical=False)
+            check_same_grid(found[name], pred_scan, scan)
+        else:
+            print(f"warning: {name}: no prediction, counts as empty", file=sys.stderr)
+        labels = [*FLARE22] if flare22 else [int(i) for i in np.union1d(pred, ref) if i] or [1]
+        spacing = scan.header.get_zooms()[:3]
+        results[name] = evaluate_case(pred, ref, spacing, labels, tolerances, flare22)
+
+    code = for_each("evaluating", known, one)
+    names = label_names(Path(references).parent, sorted(set().union(*results.values())))
+    for scores in results.values():  # a label in neither file: 1, as in evaluate_case
+        scores |= {i: (1.0, 1.0) for i in names if i not in scores}
+    if results:
+        print(table(results, names, title))
+    if csv:
+        rows = [(case, i, names[i], *scores[i]) for case, scores in results.items() for i in names]
+        with atomic(csv) as temporary:
+            np.savetxt(temporary, [("case", "label", "name", "dice", "nsd"), *rows], "%s", ",")
+    return code
+
+# 12. Command line =================================================================================
+def fail(message):
+    """Errors of argparse, in one line."""
+    raise UserError(f"{message}; see python cps.py [COMMAND] --help")
+
+def add_flags(parser, target):
+    """One flag for each parameter of a function or field of Config: its type is the annotation, its
+    help the comment behind it, which cannot rot; without a default it is positional."""
+    def number(word):
+        return word if word in ("auto", "native") else float(word)
+    comments = dict(re.findall(r"^ +(\w+): .*?  # (.*)$", inspect.getsource(target), re.MULTILINE))
+    for name, p in inspect.signature(target).parameters.items():
+        kind, options = p.annotation, {"help": comments[name].replace("%", "%%")}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif get_origin(kind) is Literal:
+            options["choices"] = get_args(kind)
+        elif get_origin(kind) is tuple:
+            item = get_args(kind)[0]
+            options |= {"nargs": "+", "type": item if item in (int, str) else number}
+        else:
+            options["type"] = kind
+        if name == "data":
+            options["nargs"] = "?"
+        elif p.default is not p.empty:
+            name, options["default"] = "--" + name.replace("_", "-"), argparse.SUPPRESS
+        parser.add_argument(name, **options)
+
+def config_from(data=None, preset=None, **given):
+    """Config of flags on top of a saved run or of a preset; without DATA that of the phantom."""
+    given = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()}
+    name = f"{Path(data).resolve().name if data else 'phantom'}-{given.get('method', 'context')}"
+    last = Path(given.setdefault("out", f"runs/{name}")) / "last.pt"
+    if given.get("resume") and last.exists():
+        given |= {k: v for k, v in (("data", data), ("preset", preset)) if v}
+        return Run.load(last, **given).config
+    preset = preset or ("paper" if data else "quick")
+    phantom = {"data": "runs/phantom", "labelled": 4, "val": 4.0}
+    if not data:
+        make_phantom(phantom["data"])
+    return Config(**PRESETS[preset] | ({"data": data} if data else phantom) | given, preset=preset)
+
+def main(argv=None):
+    """Run a command. Returns its exit code: 0, 1 (some cases failed), 2 (bad input), 130."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    parser.error = fail
+    for function, target in ((train, Config), (predict, predict), (evaluate, evaluate)):
+        text = function.__doc__.split("\n")[0]
+        p = commands.add_parser(function.__name__, help=text, description=text, allow_abbrev=False)
+        p.error = fail
+        add_flags(p, target)
+    try:
+        args = vars(parser.parse_args(argv))
+        command = globals()[args.pop("command")]
+        return train(config_from(**args)) and 0 if command is train else command(**args)
+    except (UserError, OSError) as error:
+        known = isinstance(error, OSError) and error.filename
+        print("error:", f"{error.filename}: {error.strerror}" if known else error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:
+        print(f"\ninterrupted: {error}", file=sys.stderr)
+        return 130
+
+if __name__ == "__main__":
+    sys.exit(main())
