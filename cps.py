@@ -3,9 +3,9 @@
 Two 3D U-Nets, A and B, of one structure but different initialisation, learn from a few labelled and
 many unlabelled scans. Each sees its own patch of an unlabelled volume; the patches overlap, and on
 the overlap the hard label of one network supervises the other. They see the same voxels in other
-surroundings, so they can agree only by getting the voxels right whatever the context.
-Paper: P. Liu and G. Zheng, Cross Pseudo Supervision for Semi-supervised Medical Image Segmentation,
-FLARE 2022; it builds on CPS (Chen et al., CVPR 2021).
+surroundings, so they agree only by getting the voxels right whatever the context. Paper: P. Liu and
+G. Zheng, Cross Pseudo Supervision for Semi-supervised Medical Image Segmentation, FLARE 2022; it
+builds on CPS (Chen et al., CVPR 2021).
 
     python cps.py train                     a phantom, no data needed: minutes on two CPU cores
     python cps.py train DATA --labelled 8   your scans (MSD / nnU-Net layout), 8 of them with labels
@@ -25,14 +25,10 @@ The loss of step t, with labelled patches (x, y) and two overlapping crops u1, u
 Shapes: B batch, C channels, K classes (0 is background), X Y Z voxels of a volume in RAS+ (x to the
 right, y to the front, z to the head), P patch, x y z voxels of a patch or of an overlap.
 
-Where the paper is silent, and what we chose:
-- Crops overlap by random offsets on all axes, overlap / patch volume in [min_overlap, 1).
-- A sees one crop and B the other, swapped from step to step.
-- lam has a ramp-up from 0 over the first part of the run.
-- "Different initialisation" is two draws of He-normal; --init-b xavier is the other reading.
-- An epoch is 250 steps: 96 h / 1000 epochs fits nnU-Net's 250. Augmentation is nnU-Net's: intensity
-  for each crop, rotation and scale shared by the two. No mirroring: kidneys have sides.
-- The checkpoint has the best Dice on validation cases, with both networks averaged.
+Where the paper is silent, we chose: crops overlap by random offsets on all axes; A sees one, B the
+other, swapped each step; lam is ramped up; "different initialisation" is two draws of He-normal (or
+--init-b xavier); an epoch is 250 steps (fits 96 h / 1000 epochs); augmentation is nnU-Net's, but no
+mirroring, as kidneys have sides; validation chooses the checkpoint; both networks predict.
 
 Contents: 1 Configuration, 2 The method, 3 Supervised loss, 4 The network, 5 Data, 6 Phantom,
 7 Patches, 8 Training, 9 Inference, 10 Evaluation, 12 Command line. Not for clinical use.
@@ -69,6 +65,11 @@ from torch import nn
 class UserError(Exception):
     """Something the user can mend: one sentence that names the file or flag and the remedy."""
 
+def need(holds, sentence):
+    """Raise UserError with the sentence unless something holds."""
+    if not holds:
+        raise UserError(sentence)
+
 @dataclass(frozen=True)
 class Config:
     """All settings of a run; the defaults are the preset `paper`. In brackets: who says so."""
@@ -76,14 +77,14 @@ class Config:
     preset: Literal["paper", "quick"] = "paper"  # as published; minutes on a CPU (without DATA)
     out: str = ""  # run folder; none: runs/DATA-METHOD
     resume: bool = False  # go on with the run in --out, or begin it
-    method: Literal["supervised", "cps", "context"] = "context"  # no L_cps, equal crops, overlapping
+    method: Literal["supervised", "cps", "context"] = "context"  # no L_cps, equal crops, overlap
     labelled: int = 0  # training cases that keep their labels, the others lose them; 0: all
     unlabelled: tuple[str, ...] = ()  # more folders of unlabelled images
-    val: float = 0.2  # share (from 1 on: number) of labelled cases to choose a checkpoint by [nnU-Net]
+    val: float = 0.2  # share (from 1 on: number) of labelled cases, choose the checkpoint [nnU-Net]
     test: float = 0.0  # the same, for cases that choose nothing and are tested once at the end
     seed: int = 0  # of the initialisation, the split and the patches
-    clip: tuple[float | str, ...] = (-68.0, 200.0)  # HU; `auto`: 0.5, 99.5 percentiles [paper]
-    spacing: tuple[float | str, ...] = ("native",)  # x y z in mm to resample to, or native [ours]
+    clip: tuple[float, ...] = (-68.0, 200.0)  # HU; auto (empty): 0.5, 99.5 percentiles [paper]
+    spacing: tuple[float, ...] = ()  # x y z in mm to resample to; native (empty): as it is [ours]
     patch: tuple[int, ...] = (160, 160, 96)  # x y z in voxels [paper]
     batch: int = 2  # labelled patches a step, and as many unlabelled pairs [paper]
     min_overlap: float = 0.3  # least overlap of two crops, as a share of a crop [ours]
@@ -105,30 +106,29 @@ class Config:
     grad_clip: float = 12.0  # largest norm of a network's gradient; 0: no limit [nnU-Net]
     validate_epochs: int = 10  # validate every so many epochs, and after the last [ours]
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU if there is one
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision, on a GPU only
+    amp: Literal["bf16", "fp16", "off"] = "bf16"  # mixed precision on a GPU; fp16 if it has no bf16
     workers: int = 8  # loader processes for a GPU; on a CPU there are none
     cache: str = "runs/.cache"  # folder of preprocessed volumes; may be deleted
-
     def __post_init__(self):
         """Refuse impossible values in one sentence, before any work is done."""
-        stride, gpu = 2 ** (self.levels - 1), torch.cuda.is_available() and self.device[:4] == "cuda"
+        stride, gpu = 2 ** (self.levels - 1), "cuda" in self.device and torch.cuda.is_available()
         wanted = {
-            "patch": len(self.patch) == 3 and not np.mod(self.patch, stride).any() and min(self.patch)
-            > 0 and max(self.patch) > stride or f"3 multiples of {stride}",
-            "clip": self.clip == ("auto",) or [*map(type, self.clip)] == [float, float]
-            and -inf < self.clip[0] < self.clip[1] < inf or "LOW HIGH, or auto",
-            "spacing": self.spacing == ("native",) or [*map(type, self.spacing)] == [float] * 3
-            and 0.01 <= min(self.spacing) <= max(self.spacing) <= 100 or "X Y Z in mm, or native",
+            "patch": len(self.patch) == 3 and all(p > 0 and p % stride == 0 for p in self.patch)
+            and max(self.patch) > stride or f"3 multiples of {stride}, not all {stride}",
+            "clip": len(self.clip) in (0, 2) and [*self.clip] == sorted({*self.clip})
+            and abs(sum(self.clip)) < inf or "LOW HIGH, or auto",
+            "spacing": len(self.spacing) in (0, 3) and all(0.01 <= s <= 100 for s in self.spacing)
+            or "X Y Z in mm, or native",
             "mirror": {*self.mirror} <= {*"xyz"} or "some of x, y and z",
             "momentum": 0 < self.momentum < 1 or "between 0 and 1",
             "min_overlap": 0 < self.min_overlap < 1 or "between 0 and 1",
             "device": self.device in ("auto", "cpu") or gpu or "cpu, or a GPU that is there"}
         for name, value in vars(self).items():
+            low = type(value) is int and name not in ("labelled", "seed", "workers")
             if type(value) in (int, float):
-                low = type(value) is int and name not in ("labelled", "seed", "workers")
                 wanted.setdefault(name, low <= value < inf or f"{low:d} or more")
-            if wanted.get(name, True) is not True:
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be {wanted[name]}")
+            need(wanted.get(name, True) is True,
+                 f"--{name.replace('_', '-')} {value}: must be {wanted.get(name)}")
 
 PRESETS = {"paper": {}, "quick": {  # momentum 0.99 wants more than some hundred steps [measured]
     "patch": (32, 48, 32), "base_channels": 8, "levels": 4, "epochs": 20, "epoch_steps": 20,
@@ -140,29 +140,26 @@ def overlapping_corners(rng, shape, patch, min_overlap):
     """Draw the corners of two patches of one volume that share at least `min_overlap` of a patch.
     rng: numpy Generator; shape, patch: voxels, an entry an axis. Returns two int arrays within
     [0, shape - patch]; both are 0 on an axis where the volume is smaller: they are padded alike.
-    The shared fraction is r = prod(1 - |d_a| / P_a), d the offset. Rejection would hardly ever end
-    in 3D, so the axes, in random order, each get an offset within what the ones before left of the
-    budget. r < 1 (r = 1 is plain CPS: no other context) wherever a shift of one voxel is allowed.
-    Source: ours; the paper says only that the patches overlap."""
+    They share r = prod(1 - |d_a| / P_a), d the offset. Rejection would hardly ever end in 3D; so in
+    random order each axis spends of the budget what is left. r < 1 wherever there is room for one
+    voxel's shift: r = 1 is plain CPS, without other context. Source: ours."""
     patch = np.asarray(patch)
     room = np.maximum(np.asarray(shape) - patch, 0)
     corner1 = rng.integers(0, room + 1)
     corner2, left = corner1.copy(), 1.0  # left: the overlap that the axes so far leave
     for a in rng.permutation(len(patch)):
         reach = int(patch[a] * (1 - min_overlap / left) + 1e-9)
-        corner2[a] = rng.integers(max(corner1[a] - reach, 0), min(corner1[a] + reach, room[a]) + 1)
+        low, high = max(corner1[a] - reach, 0), min(corner1[a] + reach, room[a])
+        must = int(left == 1 and high > low)  # no offset yet: leave 0 out of the choice
+        corner2[a] = rng.integers(low, high + 1 - must)
+        corner2[a] += must and corner2[a] >= corner1[a]
         left *= 1 - abs(corner2[a] - corner1[a]) / patch[a]
-    can_move = np.flatnonzero((room > 0) & (patch * (1 - min_overlap) >= 1))
-    if (corner1 == corner2).all() and can_move.size:
-        a = rng.choice(can_move)
-        corner2[a] += 1 if corner1[a] < room[a] else -1
     return corner1, corner2
 
 def overlap_slices(corner1, corner2, patch):
     """Where the overlap of two crops lies in each: image1[slices1] is image2[slices2], exactly.
-    corner1, corner2, patch: voxels. Returns two tuples of slices. With d = corner2 - corner1 it is
-    [max(0, d), P + min(0, d)) in crop 1 and [max(0, -d), P - max(0, d)) in crop 2. ValueError where
-    the crops do not meet. Source: geometry."""
+    Two tuples of slices: with d = corner2 - corner1 [max(0, d), P + min(0, d)) of crop 1 and
+    [max(0, -d), P - max(0, d)) of crop 2, in voxels. ValueError if none. Source: geometry."""
     pairs = [(int(c2) - int(c1), int(p)) for c1, c2, p in zip(corner1, corner2, patch)]
     if any(abs(d) >= p for d, p in pairs):
         raise ValueError(f"crops at {tuple(corner1)} and {tuple(corner2)} do not overlap")
@@ -177,8 +174,8 @@ def cross_pseudo_loss(logits_a, logits_b, valid=None, dice=True):
     """L_cps: each network learns the other's hard label on the voxels that both see.
     logits_a, logits_b: (B, K, x, y, z), both cut to the overlap. valid: bool (B, x, y, z), False
     for padding, which must not be learned as background. dice: l is Dice + CE, else CE. Returns a
-    scalar, whose gradient reaches A only through the first term and B only through the second,
-    never through a target. Source: CPS, with the paper's Dice + CE (section 3)."""
+    scalar; its gradient reaches A through the first term and B through the second, never through a
+    target. Source: CPS, with the paper's Dice + CE (section 3)."""
     label_a, label_b = pseudo_label(logits_a), pseudo_label(logits_b)
     if valid is not None:
         label_a, label_b = label_a.masked_fill(~valid, -1), label_b.masked_fill(~valid, -1)
@@ -186,8 +183,8 @@ def cross_pseudo_loss(logits_a, logits_b, valid=None, dice=True):
 
 def rampup(step, length):
     """Share of lam at a step: exp(-5 (1 - t)^2) with t = step / length, 1 from `length` on.
-    Pseudo labels are noise at first and would teach both networks that all is background. The shape
-    is the field's (SSL4MIS), but it ends early: there lam is full in the last step only. [ours]"""
+    Pseudo labels are noise at first: they would teach both networks that all is background. The
+    shape is the field's (SSL4MIS), but there it ends in the last step only. [ours]"""
     return float(np.exp(-5 * (1 - step / length) ** 2)) if step < length else 1.0
 
 # 3. Supervised loss ===============================================================================
@@ -195,8 +192,8 @@ def dice_ce_loss(logits, target, ignore_index=-1, dice=True):
     """Soft Dice loss + cross-entropy, for true and for pseudo labels; dice=False: cross-entropy.
     logits: (B, K, x, y, z); target: int64 (B, x, y, z), 0..K-1, or `ignore_index` for voxels that
     count in neither part. Returns a scalar, 0 where all is ignored (a plain mean would be NaN).
-    Dice is per patch and foreground class, then averaged, so that B patches in one process and one
-    in each of B processes have the same gradient. Source: paper; the form is nnU-Net's."""
+    Dice is per patch and foreground class, then averaged: B patches in one process and one in each
+    of B processes have the same gradient. Source: paper; the form is nnU-Net's."""
     valid = target != ignore_index
     target = target.masked_fill(~valid, 0)[:, None]  # (B, 1, x, y, z)
     log_prob = logits.float().log_softmax(dim=1)  # (B, K, x, y, z); half precision would spoil it
@@ -214,8 +211,8 @@ def dice_ce_loss(logits, target, ignore_index=-1, dice=True):
 # 4. The network ===================================================================================
 class Block(nn.Sequential):
     """Two times 3x3x3 convolution, instance norm, LeakyReLU [nnU-Net]; C_in to C_out channels.
-    GroupNorm with a group for each channel is InstanceNorm with affine weights, but it keeps the
-    channels-last layout, where InstanceNorm3d copies. The norm would undo a bias: there is none."""
+    GroupNorm with a group a channel is an affine InstanceNorm, but keeps the channels-last layout,
+    where InstanceNorm3d copies. The norm would undo a bias: there is none."""
     def __init__(self, c_in, c_out, stride=1):
         layers = []
         for c, s in ((c_in, stride), (c_out, 1)):
@@ -230,26 +227,24 @@ class UNet3D(nn.Module):
     def __init__(self, num_classes, base_channels, levels, in_channels=1):
         super().__init__()
         ch = [min(base_channels * 2**i, 320) for i in range(levels)]
-        steps = list(itertools.pairwise(ch))
+        steps = [*itertools.pairwise(ch)]
         self.down = nn.ModuleList([Block(in_channels, ch[0]), *(Block(a, b, 2) for a, b in steps)])
         self.up = nn.ModuleList([nn.ConvTranspose3d(b, a, 2, stride=2) for a, b in steps[::-1]])
         self.merge = nn.ModuleList([Block(2 * a, a) for a, _ in steps[::-1]])
         self.head = nn.Conv3d(ch[0], num_classes, 1)
-
     def forward(self, x):
-        skips = []
+        levels = [x]
         for block in self.down:
-            x = block(x)
-            skips.append(x)
-        skips.pop()  # the deepest level is x itself
+            levels.append(block(levels[-1]))  # half the size, twice the channels
+        x = levels.pop()
         for up, block in zip(self.up, self.merge):
-            x = block(torch.cat((up(x), skips.pop()), dim=1))
+            x = block(torch.cat((up(x), levels.pop()), dim=1))
         return self.head(x)
 
 def make_pair(config, num_classes):
     """Networks A and B: one structure, two different draws of the weights, biases 0.
-    Two networks of one seed would agree always and teach each other nothing, so each has its own;
-    `train` logs how far they agree before the first step. Source: paper, Table 2 and abstract."""
+    With one seed for both they would always agree and teach each other nothing; `train` logs how
+    far they agree before the first step. Source: paper, Table 2 and abstract."""
     networks, draws = [], {"he": nn.init.kaiming_normal_, "xavier": nn.init.xavier_normal_}
     with torch.random.fork_rng(devices=[]):  # leaves the caller's generator alone
         for which, scheme in enumerate(("he", config.init_b)):
@@ -290,11 +285,10 @@ def list_scans(path):
     path, scans = Path(path), {}
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         if found := re.fullmatch(r"([^.].*?)(_0000)?\.nii(\.gz)?", file.name):
-            if other := scans.get(found[1]) or scans.get(found[1].removesuffix("_0001")):
-                raise UserError(f"{file}: {other.name} is of the same case; keep one image a case")
+            other = scans.get(found[1]) or scans.get(found[1].removesuffix("_0001"))
+            need(not other, f"{file}: of the same case as {other}; keep one image a case")
             scans[found[1]] = file
-    if not scans:
-        raise UserError(f"{path}: no .nii or .nii.gz file here; give a scan or a folder of scans")
+    need(scans, f"{path}: no .nii or .nii.gz file here; give a scan or a folder of scans")
     return scans
 
 def split_cases(config):
@@ -305,45 +299,43 @@ def split_cases(config):
     images, labels = list_scans(root / "imagesTr"), list_scans(root / "labelsTr")
     for folder in [*filter(Path.is_dir, [root / "imagesUn"]), *config.unlabelled]:
         more = list_scans(folder)
-        if twice := sorted(more.keys() & images.keys()):
-            raise UserError(f"{more[twice[0]]}: also a case of {root}; rename or remove one")
+        twice = sorted(more.keys() & images.keys())
+        need(not twice, f"{folder}: {twice[:1]} is a case of {root} too; rename or remove one")
         images |= more
-    if orphans := sorted(labels.keys() - images.keys()):
-        raise UserError(f"{labels[orphans[0]]}: no such image in imagesTr; add it, or remove this")
-    known = [Case(name, images[name], labels[name]) for name in sorted(labels)]
+    orphans = sorted(labels.keys() - images.keys())
+    need(not orphans, f"{root}/labelsTr: no image in imagesTr for {orphans[:5]}; add or remove")
+    known = np.random.default_rng(0).permutation(sorted(labels)).tolist()
     test, val = (round(n) if n >= 1 else ceil(n * len(known)) for n in (config.test, config.val))
-    known = [known[i] for i in np.random.default_rng(0).permutation(len(known))]
-    order = np.random.default_rng((1, config.seed)).permutation(np.arange(test, len(known)))
-    val, rest = [known[i] for i in order[:val]], [known[i] for i in order[val:]]
-    n = config.labelled or len(rest)
-    if not 0 < n <= len(rest):
-        raise UserError(f"--labelled {n}: {len(rest)} cases are left beside --val and --test")
-    unlabelled = [Case(name, images[name]) for name in sorted(images.keys() - labels.keys())]
-    unlabelled += [case._replace(label=None) for case in rest[n:]]
-    if not unlabelled and config.method != "supervised":
-        raise UserError(f"{root}: no unlabelled image; add imagesUn, --unlabelled or --labelled")
-    return {"labelled": rest[:n], "unlabelled": unlabelled, "val": val, "test": known[:test]}
+    rest = np.random.default_rng((1, config.seed)).permutation(known[test:]).tolist()
+    n = config.labelled or len(rest) - val
+    need(0 < n <= len(rest) - val, f"--labelled {n}: --val, --test leave {len(rest) - val} cases")
+    parts = {"labelled": rest[val:val + n], "val": rest[:val], "test": known[:test],
+             "unlabelled": rest[val + n:] + sorted(images.keys() - labels.keys())}
+    need(parts["unlabelled"] or config.method == "supervised",
+         f"{root}: no unlabelled image; add imagesUn, --unlabelled DIR or --labelled N")
+    return {part: [Case(name, images[name], labels[name] if part != "unlabelled" else None)
+                   for name in names] for part, names in parts.items()}
 
-def read_scan(path, is_label=False, canonical=True):
+def read_scan(path, is_label=False, canonical=True, like=None):
     """Read a NIfTI file: volume (X, Y, Z), float32 or uint8, spacing in mm (3,), nibabel image.
-    canonical: turned to RAS+, so that left and right, front and back, foot and head are in their
-    places however the file is stored; `write_like` turns back. UserError unless one finite volume.
-    """
+    canonical: turned to RAS+, so that left and right are in their places however it is stored;
+    `write_like` turns back. like: an image on whose grid it must lie. UserError if no scan."""
     try:
         scan = nib.load(path)
-        if scan.get_data_dtype().kind not in "iuf":
-            raise ValueError(f"its voxels are {scan.get_data_dtype()}, not numbers")
+        kind = scan.get_data_dtype()
+        need(kind.kind in "iuf", f"its voxels are {kind}, not numbers")
         volume = scan.get_fdata(dtype=np.float32, caching="unchanged")
         spacing, axes = nib.affines.voxel_sizes(scan.affine), nib.io_orientation(scan.affine)
-        if volume.ndim < 3 or {*volume.shape[3:]} - {1} or not volume.size:
-            raise ValueError(f"its shape {volume.shape} is not that of one 3D volume")
-        if not all(1e-3 < s < 1e3 for s in spacing) or np.isnan(axes).any():
-            raise ValueError(f"its spacing {spacing.round(6).tolist()} mm is impossible")
-        if not np.isfinite(volume).all():
-            raise ValueError("it holds NaN or infinite values")
+        need(volume.ndim > 2 and volume.size and volume.shape[3:] in ((), (1,), (1, 1)),
+             f"its shape {volume.shape} is not that of one 3D volume")
+        need(all(1e-3 < s < 1e3 for s in spacing) and not np.isnan(axes).any(),
+             f"its spacing {spacing.round(6).tolist()} mm is impossible")
+        need(np.isfinite(volume).all(), "it holds NaN or infinite values")
+        need(like is None or scan.shape == like.shape and np.allclose(
+            scan.affine, like.affine, atol=0.01), "its shape or affine is not that of the image")
         ids = np.unique(volume) if is_label else np.zeros(1)
-        if (wrong := ids[(abs(ids - ids.round()) > 1e-3) | (ids < -1e-3) | (ids > 255)]).size:
-            raise ValueError(f"label {wrong[0]:g} is no whole number from 0 to 255")
+        wrong = ids[(abs(ids - ids.round()) > 1e-3) | (ids < -1e-3) | (ids > 255)]
+        need(not wrong.size, f"labels {wrong[:3]} are no whole numbers from 0 to 255")
     except Exception as error:  # a broken file makes nibabel, gzip and numpy raise a dozen types
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: cannot be used, {reason}; replace or mend the file") from error
@@ -354,14 +346,8 @@ def read_scan(path, is_label=False, canonical=True):
         spacing = spacing[np.argsort(axes[:, 0])]
     return volume, spacing, scan
 
-def check_same_grid(path, scan, other):
-    """Raise UserError unless two nibabel images have one shape and, to 0.01 mm, one affine."""
-    if scan.shape[:3] != other.shape[:3] or not np.allclose(scan.affine, other.affine, atol=0.01):
-        raise UserError(f"{path}: not on the grid of {other.get_filename()}; resample one of them")
-
 def resample(volume, shape, is_label=False):
-    """Resample (X, Y, Z) to `shape`, edges aligned: linear, but nearest for labels, whose ids must
-    never be averaged (2 is not between 1 and 3)."""
+    """Resample (X, Y, Z), edges aligned: linear; labels nearest, as 2 is not between 1 and 3."""
     mode = {"mode": "nearest-exact"} if is_label else {"mode": "trilinear", "align_corners": False}
     return F.interpolate(torch.from_numpy(volume)[None, None], tuple(shape), **mode)[0, 0].numpy()
 
@@ -369,21 +355,19 @@ def preprocess(volume, spacing, config, path):
     """Resample, clip, z-score, partly in place: float32 (X, Y, Z) for the networks.
     The clip comes first, so that no implant or table decides mean and sd. Source: paper; that the
     z-score is over one volume is ours. Raises UserError for a constant volume."""
-    if config.spacing != ("native",):
+    if config.spacing:
         size = np.multiply(volume.shape, spacing) / config.spacing
         volume = resample(volume, [max(1, round(n)) for n in size])
-    low, high = np.percentile(volume, (0.5, 99.5)) if "auto" in config.clip else config.clip
+    low, high = config.clip or np.percentile(volume, (0.5, 99.5))
     np.clip(volume, low, high, out=volume)
     std, mean = torch.std_mean(torch.from_numpy(volume))
-    if not std > 1e-6:
-        raise UserError(f"{path}: constant from {low:g} to {high:g}; set --clip or remove it")
+    need(std > 1e-6, f"{path}: constant from {low:g} to {high:g}; set --clip or remove it")
     return torch.from_numpy(volume).sub_(mean).div_(std).numpy()
 
 def prepare_case(case, config):
     """The case with its arrays in the cache, made only where they are missing, damaged or stale.
-    image: float16, whose 11 bits are finer than 1 HU in the paper's window; label: uint8; points:
-    int32 (n, 4), id and x, y, z of up to 1000 random voxels of each label. The file names hold a
-    hash of all that the arrays depend on: path, size and time of the scan, and settings."""
+    image: float16, finer than 1 HU in the paper's window; label: uint8; points: int32 (n, 4), id
+    and x, y, z of up to 1000 voxels of each label. The names hold a hash of files and settings."""
     files = [file for file in (case.image, case.label) if file]
     key = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     key = hashlib.sha256(repr((key, config.clip, config.spacing)).encode()).hexdigest()[:16]
@@ -395,35 +379,32 @@ def prepare_case(case, config):
         volume, spacing, scan = read_scan(case.image)
         arrays = [preprocess(volume, spacing, config, case.image).astype(np.float16)]
         if case.label:
-            label, _, label_scan = read_scan(case.label, is_label=True)
-            check_same_grid(case.label, label_scan, scan)
+            label, *_ = read_scan(case.label, is_label=True, like=scan)
             label = resample(label, arrays[0].shape, is_label=True)
             points, rng = [np.zeros((0, 4), int)], np.random.default_rng(0)
             for value in np.unique(label[label > 0]):
                 xyz = rng.permutation(np.argwhere(label == value))[:1000]
                 points.append(np.insert(xyz, 0, value, axis=1))
             arrays += [label, np.concatenate(points).astype(np.int32)]
-        spacing = spacing if "native" in config.spacing else np.array(config.spacing)
+        spacing = np.array(config.spacing or spacing)
         for path, array in zip(paths, [*arrays, spacing]):
             with atomic(path) as temporary, open(temporary, "wb") as file:
                 np.save(file, array)
     return case._replace(arrays=tuple(paths[:-1]), spacing=tuple(spacing.tolist()))
 
 def for_each(what, items, one, threads=1):
-    """Call one(name, item) for all items; a bad one is reported, the others are done. Returns the
-    exit code: 0, 1 if some failed, 2 if all did."""
+    """Call one(name, item) for all items and report bad ones: exit code 1 if some are, 2 if all."""
     def attempt(pair):
         try:
             one(*pair)
         except UserError as error:
             failed.append(print(f"error: {error}", file=sys.stderr))
-
     failed, start = [], time.monotonic()
     with ThreadPoolExecutor(threads) as pool:
         for i, _ in enumerate(pool.map(attempt, items.items()), 1):
             progress(what, i, len(items), start)
-    seconds = (time.monotonic() - start) / len(items)
-    print(f"{what}: {len(items) - len(failed)} of {len(items)} cases done, {seconds:.2f} s a case")
+    good, seconds = len(items) - len(failed), time.monotonic() - start
+    print(f"{what}: {good} of {len(items)} cases done in {seconds:.1f} s", flush=True)
     return 0 if not failed else 2 if len(failed) == len(items) else 1
 
 def prepare(split, config):
@@ -432,18 +413,10 @@ def prepare(split, config):
         done[name] = prepare_case(case, config)
         if case.label and not len(np.load(done[name].arrays[2])):
             print(f"warning: {case.label}: no voxel is labelled", file=sys.stderr)
-
     done, cases = {}, {case.name: case for part in split.values() for case in part}
-    if for_each("preparing", cases, one, threads=min(4, os.cpu_count() or 1)):
-        raise UserError(f"{config.data}: {len(cases) - len(done)} cases cannot be used, see above")
+    code = for_each("preparing", cases, one, threads=min(4, os.cpu_count() or 1))
+    need(not code, f"{config.data}: some cases cannot be used, see above; mend or remove them")
     return {part: [done[case.name] for case in cases] for part, cases in split.items()}
-
-def label_names(folder, ids):
-    """{id: name} from the dataset.json of a folder, as MSD or as nnU-Net writes it, or the id."""
-    file = Path(folder) / "dataset.json"
-    labels = json.loads(file.read_text())["labels"] if file.exists() else {}
-    known = dict((k, v) if k.isdigit() else (str(v), k) for k, v in labels.items())
-    return {i: known.get(str(i), str(i)) for i in ids}
 
 def progress(what, done, total, start):
     """Redraw one line with the time left, on a terminal only."""
@@ -481,42 +454,36 @@ def phantom_volume(rng, shape=(56, 48, 40)):
 
 def make_phantom(folder):
     """Write the phantom as NIfTI: 12 labelled cases (Tr), 24 unlabelled (Un), 4 to test (Ts).
-    Stored as scanners do, x to the left and y to the back (LPS), so that nothing works merely
-    because arrays happen to be RAS+. Built under another name, then renamed: whole or not there."""
+    Stored as scanners do, x to the left and y to the back (LPS), so that nothing works merely as
+    arrays happen to be RAS+. Built under another name, then renamed: whole or not there."""
     folder, build = Path(folder), Path(f"{folder}-{os.getpid()}")
     for group, part, count in ((0, "Tr", 12), (1, "Un", 24), (2, "Ts", 4)):
         for i in range(0 if folder.exists() else count):
-            arrays = phantom_volume(np.random.default_rng((group, i)))
-            for kind, end, array in zip(("images", "labels"), ("_0000", ""), arrays):
+            image, label = phantom_volume(np.random.default_rng((group, i)))
+            files = (("images", "_0000", image), ("labels", "", label))
+            for kind, end, array in files[:1 if part == "Un" else 2]:
                 path = build / (kind + part) / f"phantom{part}{i:02}{end}.nii.gz"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 array = array[::-1, ::-1].round().astype(np.int16)
                 nib.save(nib.Nifti1Image(array, np.diag((-6.0, -6.0, 6.0, 1.0))), path)
     if build.exists():
-        shutil.rmtree(build / "labelsUn")
-        labels = {"background": 0} | {organ[0]: i for i, organ in enumerate(ORGANS[4:], 1)}
-        (build / "dataset.json").write_text(json.dumps({"labels": labels}))
         build.rename(folder)
 
 # 7. Patches: batch number i, from (seed, i) alone =================================================
-def read_box(image, label, corner, shape, matrix=None):
-    """Cut a box out of a volume; outside the volume it holds 0 (the mean) and the label -1.
-    image: (X, Y, Z), may be memory-mapped: only the box is read. label: the same in uint8, or None
-    (then 0). matrix (3, 3) maps offsets from the box's centre to offsets in the volume: rotation
-    and scale. Returns image float32 and label int64, both of `shape`."""
+def read_box(volume, corner, shape, matrix=None, outside=0):
+    """Cut a box out of a volume (X, Y, Z), maybe memory-mapped: only the box is read. Returns
+    float32, 0 (the mean) outside the volume; with outside=-1, for labels, int16, -1 there. matrix
+    (3, 3) maps offsets from the box's centre to offsets in the volume: rotation and scale."""
     corner, shape = np.asarray(corner), np.asarray(shape)
     if matrix is not None:  # read the box that covers the turned one, and turn it: linear, nearest
         half = np.ceil(np.abs(matrix) @ (shape / 2)).astype(int) + 1
-        wide = read_box(image, label, corner + shape // 2 - half, 2 * half + 1)
-        offset = half - matrix @ (shape // 2)
-        return [ndimage.affine_transform(w, matrix, offset, tuple(shape), order=order, cval=outside)
-                for w, order, outside in zip(wide, (1, 0), (0, -1))]
-    box, labels = np.zeros(shape, np.float32), np.full(shape, -1, np.int64)
-    low, high = np.clip(corner, 0, image.shape), np.clip(corner + shape, 0, image.shape)
-    there, here = tuple(map(slice, low, high)), tuple(map(slice, low - corner, high - corner))
-    box[here] = image[there]
-    labels[here] = 0 if label is None else label[there]
-    return box, labels
+        wide = read_box(volume, corner + shape // 2 - half, 2 * half + 1, None, outside)
+        return ndimage.affine_transform(wide, matrix, half - matrix @ (shape // 2), tuple(shape),
+                                        order=1 + outside, cval=outside)
+    box = np.full(shape, outside, np.int16 if outside else np.float32)
+    low, high = np.clip(corner, 0, volume.shape), np.clip(corner + shape, 0, volume.shape)
+    box[tuple(map(slice, low - corner, high - corner))] = volume[tuple(map(slice, low, high))]
+    return box
 
 def spatial_matrix(rng, spacing):
     """Rotation up to 30 degrees about each axis and scale 0.7 to 1.4, for `read_box` [nnU-Net]. It
@@ -526,8 +493,7 @@ def spatial_matrix(rng, spacing):
     return scale * np.diag(1 / np.asarray(spacing)) @ rotation @ np.diag(spacing)
 
 def augment(patch, rng, chance):
-    """Intensity augmentation of a float32 patch (X, Y, Z): kinds, chances and ranges of nnU-Net.
-    `chance` scales the chances; 0 switches all off. Returns a new float32 array."""
+    """New float32 (X, Y, Z) of other intensity: nnU-Net's kinds, chances (by `chance`), ranges."""
     chances = chance * np.array((0.1, 0.1, 0.15, 0.15, 0.25, 0.3))
     noise, blur, brightness, contrast, coarse, gamma = rng.random(6) < chances
     if noise:
@@ -540,58 +506,58 @@ def augment(patch, rng, chance):
         mean, low, high = patch.mean(), patch.min(), patch.max()
         patch = np.clip((patch - mean) * rng.uniform(0.75, 1.25) + mean, low, high)
     if coarse:  # low resolution: every n-th voxel, then back to size
-        zoom, full = rng.uniform(0.5, 1), np.array(patch, np.float32)
-        small = resample(full, [max(1, round(n * zoom)) for n in full.shape], is_label=True)
-        patch = resample(small, full.shape)
+        small = [max(1, round(n * zoom)) for zoom in [rng.uniform(0.5, 1)] for n in patch.shape]
+        patch = resample(resample(np.array(patch, np.float32), small, is_label=True), patch.shape)
     if gamma:
         sign = -1 if rng.random() < 1 / 3 else 1  # inverted in one of three
-        patch, low, high = sign * patch, (sign * patch).min(), (sign * patch).max()
-        unit = (patch - low) / max(high - low, 1e-6)
-        patch = sign * (unit ** rng.uniform(0.7, 1.5) * (high - low) + low)
+        low, high = (sign * patch).min(), (sign * patch).max() + 1e-6
+        patch = ((sign * patch - low) / (high - low)) ** rng.uniform(0.7, 1.5) * (high - low) + low
+        patch = sign * patch
     return np.array(patch, dtype=np.float32)
 
 class Patches(torch.utils.data.Dataset):
     """Item i is the batch of step i, a dict. tensors: images for A and for B, (B + n, 1, *P), first
-    B labelled patches, then n crops; target int64 (B, *P), classes or -1 for padding; valid bool
-    (n, *P), A's crop less padding. overlaps: n pairs of slices, into A's crop and into B's. names:
-    of the cases. n is B, or 0 for `supervised`.
-    Patch g of step i comes from the generator (seed, i, g) alone, g counted over all processes: any
-    step can be rebuilt, so that resuming is exact and the number of loader workers or processes
-    changes nothing. Source: ours."""
+    B labelled patches, then n crops (n = B; 0 for `supervised`); target int64 (B, *P), classes or
+    -1 for padding; valid bool (n, *P), A's crop less padding. overlaps: n pairs of slices, into A's
+    crop and into B's. Patch g of step i comes from the generator (seed, i, g) alone, g counted over
+    all processes: resuming is exact, and the number of workers changes nothing. [ours]"""
     def __init__(self, config, split, ids, rank=0):
         self.config, self.split, self.patch = config, split, np.array(config.patch)
         self.which = range(rank * config.batch, (rank + 1) * config.batch)
         self.class_of = np.zeros(256, np.int64)  # label id -> class
         self.class_of[ids] = np.arange(1, len(ids) + 1)
-
     def __len__(self):
         return self.config.epochs * self.config.epoch_steps
-
     def __getitem__(self, step):
         labelled, pairs, names = [], [], []
         for g in self.which:
             rng = np.random.default_rng((self.config.seed, step, g))
-            case = self.split["labelled"][rng.integers(len(self.split["labelled"]))]
-            labelled.append(self.labelled_patch(case, rng, centred=(step + g) % 2 == 1))
-            names.append(case.name)
-            if self.config.method != "supervised":  # drawn last: the above is alike for all methods
-                case = self.split["unlabelled"][rng.integers(len(self.split["unlabelled"]))]
-                pairs.append(self.unlabelled_pair(case, rng)[::-1 if step % 2 else 1])
+            for part in ("labelled", "unlabelled")[:1 if self.config.method == "supervised" else 2]:
+                case = self.split[part][rng.integers(len(self.split[part]))]
                 names.append(case.name)
+                if part == "labelled":  # drawn first, and so alike for all methods
+                    labelled.append(self.labelled_patch(case, rng, centred=(step + g) % 2 == 1))
+                else:
+                    pairs.append(self.unlabelled_pair(case, rng)[::-1 if step % 2 else 1])
         images, target = zip(*labelled)
         images = [np.stack([*images, *(pair[i][0] for pair in pairs)])[:, None] for i in (0, 1)]
-        valid = np.stack([pair[0][2] for pair in pairs] or target) >= 0
+        valid = np.stack([pair[0][1] for pair in pairs] or target) >= 0
         tensors = [torch.from_numpy(array) for array in (*images, np.stack(target), valid)]
-        return {"tensors": tensors, "overlaps": [(a[1], b[1]) for a, b in pairs], "names": names}
-
-    def cut(self, case, rng, corner, shape):
-        """A box of a case, by chance turned, scaled and mirrored: image float32, classes int64."""
-        image, *label = (np.load(path, mmap_mode="r") for path in case.arrays[:2])
+        return {"tensors": tensors, "overlaps": [(a[2], b[2]) for a, b in pairs], "names": names}
+    def crops(self, case, rng, corners):
+        """The patches at some corners of a case, each (image float32, classes int64, -1 outside).
+        All come from one box around them: what turns, scales or mirrors it by chance does so to all
+        alike, and an overlap stays a box. Their intensities are augmented apart."""
+        low, high = np.min(corners, axis=0), np.max(corners, axis=0) + self.patch
+        volume, *label = (np.load(path, mmap_mode="r") for path in case.arrays[:2])
+        label = label[0] if label else np.broadcast_to(np.uint8(0), volume.shape)
         matrix = spatial_matrix(rng, case.spacing) if rng.random() < self.config.spatial else None
-        image, label = read_box(image, label[0] if label else None, corner, shape, matrix)
         axes = tuple("xyz".index(a) for a in self.config.mirror if rng.random() < 0.5)
-        return np.flip(image, axes), np.flip(np.where(label < 0, -1, self.class_of[label]), axes)
-
+        image, label = (np.flip(read_box(array, low, high - low, matrix, outside), axes)
+                        for array, outside in ((volume, 0), (label, -1)))
+        boxes = [tuple(map(slice, corner - low, corner - low + self.patch)) for corner in corners]
+        return [(augment(image[box], rng, self.config.intensity),
+                 np.where(label[box] < 0, -1, self.class_of[label[box]])) for box in boxes]
     def labelled_patch(self, case, rng, centred):
         """A patch and its classes; `centred` on a random voxel of a random class of the case, which
         is nnU-Net's remedy for small organs. It needs the label: on unlabelled cases, a leak."""
@@ -600,24 +566,15 @@ class Patches(torch.utils.data.Dataset):
         if centred and len(points):
             points = points[points[:, 0] == rng.choice(np.unique(points[:, 0]))]
             corner = np.clip(points[rng.integers(len(points)), 1:] - self.patch // 2, 0, room)
-        image, classes = self.cut(case, rng, corner, self.patch)
-        return augment(image, rng, self.config.intensity), classes
-
+        return self.crops(case, rng, [corner])[0]
     def unlabelled_pair(self, case, rng):
-        """Two crops of one volume, each (image, slices of the overlap, -1 for padding and else 0).
-        Both come from one box around the two: what turns or mirrors it does so to both alike, and
-        the overlap stays a box. Their intensities are augmented apart, so that one voxel has two
-        looks and two surroundings. Method `cps` differs in one point: the crops are equal."""
+        """Two crops of one volume, each (image, 0 or -1 outside, slices of the overlap); of method
+        `cps` they are equal, which is its only difference."""
         shape = np.load(case.arrays[0], mmap_mode="r").shape
         corners = overlapping_corners(rng, shape, self.patch, self.config.min_overlap)
         corners = corners if self.config.method == "context" else (corners[0], corners[0])
-        low, high = np.min(corners, axis=0), np.max(corners, axis=0) + self.patch
-        image, inside = self.cut(case, rng, low, high - low)
-        crops = []
-        for corner, overlap in zip(corners, overlap_slices(*corners, self.patch.tolist())):
-            here = tuple(map(slice, corner - low, corner - low + self.patch))
-            crops.append((augment(image[here], rng, self.config.intensity), overlap, inside[here]))
-        return crops
+        overlaps = overlap_slices(*corners, self.patch)
+        return [(*crop, where) for crop, where in zip(self.crops(case, rng, corners), overlaps)]
 
 # 8. Training ======================================================================================
 def train_step(networks, optimisers, batch, lam, config, scaler, autocast):
@@ -639,50 +596,45 @@ def train_step(networks, optimisers, batch, lam, config, scaler, autocast):
                                   labels.sign().float().mean())))
     cps, agreement, foreground = torch.stack(terms).mean(0) if terms else sup.new_zeros(3)
     loss = sup + lam * cps
-
     scaler.scale(loss).backward()
     for network, optimiser in zip(networks, optimisers):
         scaler.unscale_(optimiser)
-        if config.grad_clip:
-            nn.utils.clip_grad_norm_(network.parameters(), config.grad_clip)
+        nn.utils.clip_grad_norm_(network.parameters(), config.grad_clip or inf)
         scaler.step(optimiser)
         optimiser.zero_grad(set_to_none=True)
     scaler.update()
     return torch.stack((sup, cps, agreement, foreground)).detach()
 
 # ---- The heart ends here. The rest is bookkeeping.
-
 class Run:
     """All that changes while training, which is all that a checkpoint holds."""
-    def __init__(self, config, ids, names):
-        gpu = config.device[:4] == "cuda" or config.device == "auto" and torch.cuda.is_available()
+    def __init__(self, config, ids):
+        gpu = config.device != "cpu" and torch.cuda.is_available()
         self.device = torch.device(config.device.replace("auto", "cuda" if gpu else "cpu"))
-        self.config, self.ids, self.names = config, ids, names
+        self.config, self.ids = config, ids
         self.networks = [n.to(self.device, memory_format=torch.channels_last_3d)
                          for n in make_pair(config, len(ids) + 1)]
-        self.optimisers = [torch.optim.SGD(n.parameters(), config.lr, config.momentum, nesterov=True,
-                                           weight_decay=config.weight_decay) for n in self.networks]
-        bf16 = config.amp == "bf16" or config.amp == "auto" and gpu and torch.cuda.is_bf16_supported()
-        half, amp = torch.bfloat16 if bf16 else torch.float16, gpu and config.amp != "off"
-        self.autocast = torch.autocast(self.device.type, half, enabled=amp)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp and not bf16)
+        self.optimisers = [torch.optim.SGD(n.parameters(), config.lr, config.momentum,
+                                           weight_decay=config.weight_decay, nesterov=True)
+                           for n in self.networks]
+        amp, fp16 = gpu and config.amp != "off", gpu and not torch.cuda.is_bf16_supported()
+        fp16 = fp16 or config.amp == "fp16"  # it underflows: only it needs the scaler
+        self.autocast = torch.autocast(self.device.type, [torch.bfloat16, torch.float16][fp16], amp)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp and fp16)
         self.step, self.best, self.rows = 0, -1.0, []
         self.sums, self.counted = torch.zeros(4, device=self.device), 0  # since the last row
-
     def save(self, name):
         """Write a checkpoint of tensors and plain values, which loads with weights_only."""
-        keep = ("ids", "names", "step", "best", "rows", "sums", "counted")
-        state = {key: getattr(self, key) for key in keep} | {"config": asdict(self.config)}
+        state = {k: getattr(self, k) for k in ("ids", "step", "best", "rows", "sums", "counted")}
+        parts = [part.state_dict() for part in (*self.networks, *self.optimisers, self.scaler)]
         with atomic(Path(self.config.out) / name) as temporary:
-            parts = [part.state_dict() for part in (*self.networks, *self.optimisers, self.scaler)]
-            torch.save(state | {"parts": parts}, temporary)
-
+            torch.save(state | {"config": asdict(self.config), "parts": parts}, temporary)
     @classmethod
     def load(cls, path, **changes):
         """The run of a checkpoint, some fields of its config changed. Code in it is not run."""
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            run = cls(Config(**state.pop("config") | changes), state["ids"], state["names"])
+            run = cls(Config(**state.pop("config") | changes), state["ids"])
             parts = (*run.networks, *run.optimisers, run.scaler)
             for part, values in zip(parts, state.pop("parts")):
                 part.load_state_dict(values or part.state_dict())  # a scaler that was off has none
@@ -691,29 +643,25 @@ class Run:
         except (OSError, UserError):
             raise
         except Exception as error:  # for a damaged file torch, zipfile and pickle raise many types
-            raise UserError(f"{path}: no checkpoint of this program, or damaged; use another "
-                            f"({type(error).__name__})") from error
+            raise UserError(f"{path}: damaged, or no checkpoint of this program") from error
 
 def train(config):
-    """Train a pair of networks. Returns {"best_dice", "checkpoint", "steps", "results"}.
-    best_dice is that of the best checkpoint on the validation cases; results, {case: {id: (Dice,
-    NSD)}}, are those of the test cases, or of the validation cases if none were set apart."""
+    """Train a pair of networks. Returns {"best_dice", "checkpoint", "steps", "results"}: validation
+    Dice; {case: {id: (Dice, NSD)}} of the test cases, or, if there are none, of validation."""
     out, last, best = Path(config.out), Path(config.out) / "last.pt", f"{config.out}/best.pt"
-    if last.exists() and not config.resume:
-        raise UserError(f"{out}: holds a run; go on with --resume, or choose another --out")
-    split = split_cases(config)
+    need(config.resume or not last.exists(), f"{out}: holds a run; --resume it, or change --out")
     print(*(f"{key}={value}" for key, value in asdict(config).items()))
-    print("cases:", ", ".join(f"{len(cases)} {part}" for part, cases in split.items()))
-    split = prepare(split, config)
+    split = prepare(split_cases(config), config)
+    print(*(f"{len(cases)} {part}," for part, cases in split.items()), flush=True)
     points = [np.load(c.arrays[2]) for cases in split.values() for c in cases if c.label]
-    if not (ids := np.unique(np.concatenate(points)[:, 0]).tolist()):
-        raise UserError(f"{config.data}: all labels are empty; there is nothing to learn")
+    ids = np.unique(np.concatenate(points)[:, 0]).tolist()
+    need(ids, f"{config.data}: all labels are empty; there is nothing to learn")
     if last.exists():
         run = Run.load(last, **{key: getattr(config, key) for key in MAY_CHANGE})
-        if other := dict(asdict(config).items() - asdict(run.config).items()):
-            raise UserError(f"{last}: begun with others than {other}; leave out, or change --out")
+        other = dict(asdict(config).items() - asdict(run.config).items())
+        need(not other, f"{last}: begun with other values than {other}; leave out, or change --out")
     else:
-        run = Run(config, ids, label_names(config.data, ids))
+        run = Run(config, ids)
         names = {part: [case.name for case in cases] for part, cases in split.items()}
         for file, content in (("split.json", names), ("config.json", asdict(config))):
             with atomic(out / file) as temporary:
@@ -721,12 +669,11 @@ def train(config):
         shutil.copy(__file__, out / "cps.py")
         run.save("last.pt")
     train_loop(run, Patches(config, split, ids), split["val"])
-
     part = "test" if split["test"] else "val"
     results = validate(Run.load(best, device=config.device), split[part], tolerance=2.0)
     print(f"\n{best}: mean Dice {run.best:.4f} on the {len(split['val'])} cases that chose it")
     if results:
-        print(f"{len(results)} {part} cases:\n{table(results, run.names, '2 mm')}")
+        print(f"{len(results)} {part} cases:\n{table(results, '2 mm')}")
     images = f"{config.data}/imagesT" + "rs"[Path(f"{config.data}/imagesTs").is_dir()]
     print(f"\nNext: python cps.py predict {best} {images} {out}/predictions")
     return {"best_dice": run.best, "checkpoint": best, "steps": run.step, "results": results}
@@ -734,10 +681,8 @@ def train(config):
 def train_loop(run, patches, val):
     """From the step of `run` to the last; each epoch a row, a checkpoint and maybe validation."""
     config, device, gpu, stop = run.config, run.device, run.device.type == "cuda", []
-
     def note(number, frame):  # a first signal lets the step end, a second one ends the process
         stop.append(signal.signal(number, signal.SIG_DFL))
-
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     torch.backends.cudnn.benchmark = gpu
     loader = torch.utils.data.DataLoader(
@@ -749,9 +694,8 @@ def train_loop(run, patches, val):
         if run.step == first == 0:
             with torch.no_grad():
                 a, b = (pseudo_label(network(batch["tensors"][0])) for network in run.networks)
-            print(f"on {device}; at first A and B agree on {(a == b).float().mean():.1%} of voxels\n"
-                  "  step       lr   lam  loss_sup  loss_cps  agreement  foreground    dice  seconds"
-                  "  time left", flush=True)
+            print(f"{device}: at first A and B agree on {(a == b).float().mean():.1%} of voxels\n"
+                  "  step       lr   lam loss_sup loss_cps  agreement  foreground    dice  s/step")
         lam = config.lam * rampup(run.step, config.rampup * len(patches))
         lr = config.lr * 0.5 ** (run.step // config.epoch_steps // config.halve_epochs)
         for optimiser in run.optimisers:
@@ -765,11 +709,9 @@ def train_loop(run, patches, val):
             start, first = time.monotonic(), run.step
         if stop:
             run.save("last.pt")
-            raise KeyboardInterrupt(f"step {run.step} is saved; go on: --out {config.out} --resume")
+            raise KeyboardInterrupt(f"step {run.step} is saved; run this again with --resume")
     for number, handler in before.items():
         signal.signal(number, handler)
-
-LOG = ("step", "lr", "lam", "loss_sup", "loss_cps", "agreement", "foreground", "dice", "seconds")
 
 def end_epoch(run, patches, val, lr, lam, seconds):
     """Validate if it is time, log a row, write last.pt and, if this is the best, best.pt."""
@@ -777,18 +719,18 @@ def end_epoch(run, patches, val, lr, lam, seconds):
     epoch, steps = run.step // config.epoch_steps, range(run.step - run.counted, run.step)
     if not np.isfinite(means).all():
         names = sorted({name for step in steps for name in patches[step]["names"]})[:8]
-        raise UserError(f"{config.out}: the loss is not finite after step {steps[0]}, cases "
-                        f"{', '.join(names)}; lower --lr; last.pt is still good")
+        need(False, f"{config.out}: loss not finite from step {steps[0]} on, {names}; lower --lr")
     if epoch % config.validate_epochs == 0 or epoch == config.epochs:
         scores = [d for case in validate(run, val).values() for d, _ in case.values()]
         dice = float(np.mean(scores)) if scores else nan
     means[1:] = means[1:] if config.method != "supervised" else [nan] * 3
     run.rows.append((run.step, lr, lam, *means, dice, seconds))
     run.sums, run.counted = torch.zeros_like(run.sums), 0
+    names = "step,lr,lam,loss_sup,loss_cps,agreement,foreground,dice,seconds"
     with atomic(Path(config.out) / "log.csv") as temporary:  # all rows anew: no gap, no double
-        np.savetxt(temporary, run.rows, "%.6g", ",", header=",".join(LOG), comments="")
+        np.savetxt(temporary, run.rows, "%.6g", ",", header=names, comments="")
     left = timedelta(seconds=int(seconds * (len(patches) - run.step)))
-    print("{:6} {:8.5f} {:5.2f} {:9.4f} {:9.4f} {:10.3f} {:11.4f} {:7.4f} {:8.3f}  {}".format(
+    print("{:6} {:8.5f} {:5.2f} {:8.4f} {:8.4f} {:10.3f} {:11.4f} {:7.4f} {:7.3f}  {}".format(
         *run.rows[-1], left), flush=True)
     if dice > run.best or epoch == config.epochs and not val:
         run.best = dice
@@ -799,7 +741,7 @@ def validate(run, cases, tolerance=None):
     """{case: {id: (Dice, NSD)}} of prepared cases, by the same path as `predict`."""
     results = {}
     for case in cases:
-        image, label = (np.load(path, mmap_mode="r") for path in case.arrays[:2])
+        image, label, _ = (np.load(path, mmap_mode="r") for path in case.arrays)
         found = np.array([0, *run.ids])[segment(run, image)]
         results[case.name] = evaluate_case(found, label, case.spacing, run.ids, tolerance)
     return results
@@ -810,11 +752,10 @@ def sliding_window(networks, volume, patch, num_classes, overlap=0.5, device="cp
     """Segment a preprocessed volume of any size: float (X, Y, Z) to uint8 (X, Y, Z).
     A voxel gets the class of the largest Gaussian-weighted mean softmax over all windows, networks
     and flips (sets of axes of (B, C, X, Y, Z) to mirror). Windows are spread evenly, the last ends
-    at the end; a volume smaller than the patch is padded at its end. The sum of the weights is the
-    same for all classes, so no map of it is needed.
-    Memory: of the sums only a slab exists, (K, patch length, two whole axes), along the axis where
-    that is smallest. What no later window can reach is turned to uint8 and leaves, so that a longer
-    scan takes no more memory. Source: ours; the frameworks hold (K, X, Y, Z) floats."""
+    at the end; a smaller volume than the patch is padded at its end. Memory: the sums exist only
+    for a slab, (K, patch length, two whole axes), along the axis where that is smallest; what no
+    later window can reach becomes uint8 and leaves, so a longer scan takes no more memory. The sum
+    of the weights is the same for all classes: no map of it is needed. Source: ours."""
     shape = np.maximum(volume.shape, patch)
     axis = int(np.argmin(np.asarray(patch) / shape))
     counts = [ceil((s - p) / (p * (1 - overlap))) + 1 for s, p in zip(shape, patch)]
@@ -826,8 +767,8 @@ def sliding_window(networks, volume, patch, num_classes, overlap=0.5, device="cp
     result = np.zeros(shape, np.uint8)
     for first, after in itertools.pairwise([*firsts, shape[axis]]):
         for corner in itertools.product(*starts):
-            box, _ = read_box(volume, None, corner + np.eye(3, dtype=int)[axis] * first, patch)
-            window = torch.from_numpy(box)[None, None].to(device)
+            window = read_box(volume, corner + np.eye(3, dtype=int)[axis] * first, patch)
+            window = torch.from_numpy(window)[None, None].to(device)
             place = slab[(..., *(slice(c, c + p) for c, p in zip(corner, patch)))]
             for network, axes in itertools.product(networks, flips):
                 place += network(window.flip(axes)).float().softmax(1).flip(axes)[0] * weight
@@ -878,23 +819,16 @@ def predict(
     run = Run.load(checkpoint, device=device)
     axes = [2 + "xyz".index(a) for a in run.config.mirror] if tta else []
     flips = [f for n in range(len(axes) + 1) for f in itertools.combinations(axes, n)]
-    if tta and not axes:
-        raise UserError("--tta: the networks were trained without --mirror; leave it out")
-
+    need(axes or not tta, "--tta: the networks were trained without --mirror; leave it out")
     def one(name, path):
         volume, spacing, scan = read_scan(path)
-        shape = volume.shape
-        volume = preprocess(volume, spacing, run.config, path)
-        labels = segment(run, volume, networks, largest, flips)
-        labels = labels if labels.shape == shape else resample(labels, shape, is_label=True)
+        grid = preprocess(volume, spacing, run.config, path)
+        labels = resample(segment(run, grid, networks, largest, flips), volume.shape, is_label=True)
         write_like(np.array([0, *run.ids], np.uint8)[labels], scan, Path(out) / f"{name}.nii.gz")
-
     return for_each("predicting", list_scans(images), one)
 
 # 10. Evaluation ===================================================================================
 FLARE22 = {1: 5, 2: 3, 3: 3, 4: 5, 5: 2, 6: 2, 7: 2, 8: 2, 9: 2, 10: 3, 11: 5, 12: 7, 13: 3}  # mm
-FLARE22_TUBES = (5, 6, 10)  # aorta, vena cava, esophagus: judged on the reference's slices only
-
 # The surface at a voxel corner, by the code of its 2x2x2 voxels (weights 128, 64 ... 1 in C order):
 # normals of its triangles, |n| in eighths [google-deepmind/surface-distance]. Mirrors and turns of
 # the cube and the complement give the other codes: 13 rows hold the table of 256.
@@ -929,8 +863,8 @@ def dice(pred, ref):
 def surface_dice(pred, ref, spacing, tolerance):
     """Surface Dice (NSD) of two bool arrays (X, Y, Z): the share of the area of both surfaces that
     lies within `tolerance` mm of the other one. spacing in mm, in array order.
-    1 if both are empty, 0 if one is. Computed in the box around both, which changes nothing and is
-    what makes it fast. Source: google-deepmind/surface-distance, which FLARE22 uses."""
+    1 if both are empty, 0 if one is. The box around both is enough, and is what makes it fast.
+    Source: google-deepmind/surface-distance, which FLARE22 uses."""
     if not pred.any() or not ref.any():
         return float(pred.any() == ref.any())
     box = ndimage.find_objects((pred | ref).view(np.uint8))[0]
@@ -945,10 +879,9 @@ def surface_dice(pred, ref, spacing, tolerance):
 
 def evaluate_case(pred, ref, spacing, labels, tolerances=None, flare22=False):
     """{label: (Dice, NSD)} of two integer arrays (X, Y, Z); spacing in mm in array order.
-    tolerances in mm: one, or one for each label (sequence or dict); None: no NSD (NaN). flare22
-    follows the challenge's code: NSD is 0 below a Dice of 0.2; aorta, inferior vena cava and
-    esophagus count from the reference's first slice to its last but one; 4 digits. (A reference on
-    one slice crashes that code; here that slice counts.)"""
+    tolerances in mm: one, or one for each label (sequence or dict); None: no NSD (NaN). flare22 as
+    the challenge's code: NSD is 0 below a Dice of 0.2; aorta, vena cava and esophagus count from
+    the reference's first slice to its last but one (its only one crashes that code); 4 digits."""
     if tolerances is not None and not isinstance(tolerances, dict):
         tolerances = dict(zip(labels, np.broadcast_to(tolerances, len(labels))))
     boxes = [ndimage.find_objects(a.astype(np.uint8, copy=False), max(labels)) for a in (pred, ref)]
@@ -959,7 +892,7 @@ def evaluate_case(pred, ref, spacing, labels, tolerances=None, flare22=False):
             results[label] = (1.0, 1.0) if found == [None, None] else (0.0, 0.0)
             continue
         box = [slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(*found)]
-        if flare22 and label in FLARE22_TUBES:
+        if flare22 and label in (5, 6, 10):
             z = found[1][2]
             box[2] = slice(z.start, max(z.stop - 1, z.start + 1))
         p, r = pred[tuple(box)] == label, ref[tuple(box)] == label
@@ -969,13 +902,13 @@ def evaluate_case(pred, ref, spacing, labels, tolerances=None, flare22=False):
         results[label] = (round(dsc, 4), round(nsd, 4)) if flare22 else (dsc, nsd)
     return results
 
-def table(results, names, tolerance):
+def table(results, tolerance):
     """Text table of {case: {label: (Dice, NSD)}}: mean +- sd over the cases, a row a label."""
-    scores = np.array([[case[label] for label in names] for case in results.values()])
-    scores = np.concatenate((scores, scores.mean(1, keepdims=True)), 1)  # (cases, labels + 1, 2)
-    rows = [f"{'label':16} {'Dice':>16}  {'NSD (' + tolerance + ')':>16}"]
-    for name, m, s in zip([*names.values(), "mean"], scores.mean(0), scores.std(0)):
-        rows.append(f"{name[:16]:16} {m[0]:.4f} +- {s[0]:.4f}  {m[1]:.4f} +- {s[1]:.4f}")
+    scores = np.array([[*case.values()] for case in results.values()])  # (cases, labels, 2)
+    scores = np.concatenate((scores, scores.mean(1, keepdims=True)), axis=1)
+    rows = [f"{'label':5} {'Dice':>16}  {'NSD (' + tolerance + ')':>16}"]
+    for name, m, s in zip([*next(iter(results.values())), "mean"], scores.mean(0), scores.std(0)):
+        rows.append(f"{name:<5} {m[0]:.4f} +- {s[0]:.4f}  {m[1]:.4f} +- {s[1]:.4f}")
     return "\n".join(rows)
 
 def evaluate(
@@ -987,86 +920,70 @@ def evaluate(
     """Dice and surface Dice of segmentations. Returns the exit code. A missing prediction counts as
     empty; the challenge's own code would leave the case out."""
     known, found, results = list_scans(references), list_scans(predictions), {}
-    if Path(references).is_file():  # of two files the names do not matter
-        found = dict(zip(known, found.values()))
-    tolerances, title = (FLARE22, "FLARE22") if flare22 else (tolerance, f"{tolerance:g} mm")
-
+    found = found if Path(references).is_dir() else dict(zip(known, found.values()))  # by no name
     def one(name, path):
         ref, _, scan = read_scan(path, is_label=True, canonical=False)
         pred = np.zeros_like(ref)
         if name in found:
-            pred, _, pred_scan = read_scan(found[name], is_label=True, canonical=False)
-            check_same_grid(found[name], pred_scan, scan)
-        else:
-            print(f"warning: {name}: no prediction, counts as empty", file=sys.stderr)
+            pred, *_ = read_scan(found[name], is_label=True, canonical=False, like=scan)
         labels = [*FLARE22] if flare22 else [int(i) for i in np.union1d(pred, ref) if i] or [1]
-        spacing = scan.header.get_zooms()[:3]
-        results[name] = evaluate_case(pred, ref, spacing, labels, tolerances, flare22)
-
+        results[name] = evaluate_case(pred, ref, scan.header.get_zooms()[:3], labels,
+                                      FLARE22 if flare22 else tolerance, flare22)
     code = for_each("evaluating", known, one)
-    names = label_names(Path(references).parent, sorted(set().union(*results.values())))
-    for scores in results.values():  # a label in neither file: 1, as in evaluate_case
-        scores |= {i: (1.0, 1.0) for i in names if i not in scores}
+    for name in known.keys() - found.keys():
+        print(f"warning: {name}: no prediction, counted as empty", file=sys.stderr)
+    ids = sorted(set().union(*results.values()))  # of a label in neither file: 1, 1
+    results = {c: {i: scores.get(i, (1.0, 1.0)) for i in ids} for c, scores in results.items()}
     if results:
-        print(table(results, names, title))
+        print(table(results, "FLARE22" if flare22 else f"{tolerance:g} mm"))
     if csv:
-        rows = [(case, i, names[i], *scores[i]) for case, scores in results.items() for i in names]
+        rows = [(case, i, *scores[i]) for case, scores in results.items() for i in ids]
         with atomic(csv) as temporary:
-            np.savetxt(temporary, [("case", "label", "name", "dice", "nsd"), *rows], "%s", ",")
+            np.savetxt(temporary, [("case", "label", "dice", "nsd"), *rows], "%s", ",")
     return code
 
 # 12. Command line =================================================================================
-def fail(message):
-    """Errors of argparse, in one line."""
-    raise UserError(f"{message}; see python cps.py [COMMAND] --help")
-
 def add_flags(parser, target):
     """One flag for each parameter of a function or field of Config: its type is the annotation, its
     help the comment behind it, which cannot rot; without a default it is positional."""
     def number(word):
-        return word if word in ("auto", "native") else float(word)
+        return None if word in ("auto", "native") else float(word)
     comments = dict(re.findall(r"^ +(\w+): .*?  # (.*)$", inspect.getsource(target), re.MULTILINE))
     for name, p in inspect.signature(target).parameters.items():
-        kind, options = p.annotation, {"help": comments[name].replace("%", "%%")}
+        kind, items = get_origin(p.annotation) or p.annotation, get_args(p.annotation)
+        options = {"type": kind}
         if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif get_origin(kind) is Literal:
-            options["choices"] = get_args(kind)
-        elif get_origin(kind) is tuple:
-            item = get_args(kind)[0]
-            options |= {"nargs": "+", "type": item if item in (int, str) else number}
-        else:
-            options["type"] = kind
-        if name == "data":
-            options["nargs"] = "?"
-        elif p.default is not p.empty:
-            name, options["default"] = "--" + name.replace("_", "-"), argparse.SUPPRESS
-        parser.add_argument(name, **options)
+            options = {"action": argparse.BooleanOptionalAction}
+        elif kind is Literal:
+            options = {"choices": items}
+        elif kind is tuple:  # a word instead of numbers, auto or native, is an empty tuple
+            options = {"type": number if items[0] is float else items[0], "nargs": "+"}
+        if p.default is not p.empty:
+            options |= {"nargs": "?"} if name == "data" else {"default": argparse.SUPPRESS}
+            name = name if name == "data" else "--" + name.replace("_", "-")
+        parser.add_argument(name, help=comments[p.name].replace("%", "%%"), **options)
 
 def config_from(data=None, preset=None, **given):
-    """Config of flags on top of a saved run or of a preset; without DATA that of the phantom."""
-    given = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()}
-    name = f"{Path(data).resolve().name if data else 'phantom'}-{given.get('method', 'context')}"
-    last = Path(given.setdefault("out", f"runs/{name}")) / "last.pt"
-    if given.get("resume") and last.exists():
-        given |= {k: v for k, v in (("data", data), ("preset", preset)) if v}
-        return Run.load(last, **given).config
-    preset = preset or ("paper" if data else "quick")
-    phantom = {"data": "runs/phantom", "labelled": 4, "val": 4.0}
-    if not data:
-        make_phantom(phantom["data"])
-    return Config(**PRESETS[preset] | ({"data": data} if data else phantom) | given, preset=preset)
+    """Config of flags on top of a preset; without DATA that of the phantom."""
+    given = {key: tuple(item for item in value if item is not None) if isinstance(value, list)
+             else value for key, value in given.items()}
+    name = Path(data).resolve().name if data else "phantom"
+    given.setdefault("out", f"runs/{name}-{given.get('method', 'context')}")
+    given["preset"] = preset or ("paper" if data else "quick")
+    if data is None:
+        make_phantom("runs/phantom")
+        given = {"data": "runs/phantom", "labelled": 4, "val": 4.0} | given
+    return Config(**PRESETS[given["preset"]] | ({"data": data} if data else {}) | given)
 
 def main(argv=None):
     """Run a command. Returns its exit code: 0, 1 (some cases failed), 2 (bad input), 130."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    parser.error = fail
-    for function, target in ((train, Config), (predict, predict), (evaluate, evaluate)):
+    for function in (train, predict, evaluate):
         text = function.__doc__.split("\n")[0]
         p = commands.add_parser(function.__name__, help=text, description=text, allow_abbrev=False)
-        p.error = fail
-        add_flags(p, target)
+        add_flags(p, Config if function is train else function)
+        p.error = parser.error = lambda text: need(False, f"{text}; see cps.py [COMMAND] --help")
     try:
         args = vars(parser.parse_args(argv))
         command = globals()[args.pop("command")]
