@@ -80,7 +80,7 @@ class Config:
     method: Literal["supervised", "cps", "context"] = "context"  # no L_cps, equal crops, overlap
     labelled: int = 0  # training cases that keep their labels, the others lose them; 0: all
     unlabelled: tuple[str, ...] = ()  # more folders of unlabelled images
-    val: float = 0.2  # share (from 1 on: number) of labelled cases, choose the checkpoint [nnU-Net]
+    val: float = 0.2  # share, from 1 on number, of labelled cases to choose the checkpoint [nnU-Net]
     test: float = 0.0  # the same, for cases that choose nothing and are tested once at the end
     seed: int = 0  # of the initialisation, the split and the patches
     clip: tuple[float, ...] = (-68.0, 200.0)  # HU; auto (empty): 0.5, 99.5 percentiles [paper]
@@ -132,7 +132,7 @@ class Config:
 
 PRESETS = {"paper": {}, "quick": {  # momentum 0.99 wants more than some hundred steps [measured]
     "patch": (32, 48, 32), "base_channels": 8, "levels": 4, "epochs": 20, "epoch_steps": 20,
-    "halve_epochs": 4, "lr": 0.05, "momentum": 0.9, "validate_epochs": 4}}
+    "halve_epochs": 8, "lr": 0.05, "momentum": 0.9, "validate_epochs": 4}}
 MAY_CHANGE = {"resume", "out", "epochs", "device", "workers", "cache"}  # on --resume
 
 # 2. The method: pure functions, tensors in, scalar out ============================================
@@ -144,8 +144,8 @@ def overlapping_corners(rng, shape, patch, min_overlap):
     random order each axis spends of the budget what is left. r < 1 wherever there is room for one
     voxel's shift: r = 1 is plain CPS, without other context. Source: ours."""
     patch = np.asarray(patch)
-    room = np.maximum(np.asarray(shape) - patch, 0)
-    corner1 = rng.integers(0, room + 1)
+    room = np.maximum(np.asarray(shape) - patch, 0)  # for the corner, on each axis
+    corner1 = rng.integers(0, room + 1)  # anywhere in the volume
     corner2, left = corner1.copy(), 1.0  # left: the overlap that the axes so far leave
     for a in rng.permutation(len(patch)):
         reach = int(patch[a] * (1 - min_overlap / left) + 1e-9)
@@ -160,7 +160,7 @@ def overlap_slices(corner1, corner2, patch):
     """Where the overlap of two crops lies in each: image1[slices1] is image2[slices2], exactly.
     Two tuples of slices: with d = corner2 - corner1 [max(0, d), P + min(0, d)) of crop 1 and
     [max(0, -d), P - max(0, d)) of crop 2, in voxels. ValueError if none. Source: geometry."""
-    pairs = [(int(c2) - int(c1), int(p)) for c1, c2, p in zip(corner1, corner2, patch)]
+    pairs = [(int(c2) - int(c1), int(p)) for c1, c2, p in zip(corner1, corner2, patch)]  # (d, P)
     if any(abs(d) >= p for d, p in pairs):
         raise ValueError(f"crops at {tuple(corner1)} and {tuple(corner2)} do not overlap")
     return (tuple(slice(max(0, d), p + min(0, d)) for d, p in pairs),
@@ -176,7 +176,7 @@ def cross_pseudo_loss(logits_a, logits_b, valid=None, dice=True):
     for padding, which must not be learned as background. dice: l is Dice + CE, else CE. Returns a
     scalar; its gradient reaches A through the first term and B through the second, never through a
     target. Source: CPS, with the paper's Dice + CE (section 3)."""
-    label_a, label_b = pseudo_label(logits_a), pseudo_label(logits_b)
+    label_a, label_b = pseudo_label(logits_a), pseudo_label(logits_b)  # (B, x, y, z), no gradient
     if valid is not None:
         label_a, label_b = label_a.masked_fill(~valid, -1), label_b.masked_fill(~valid, -1)
     return dice_ce_loss(logits_a, label_b, dice=dice) + dice_ce_loss(logits_b, label_a, dice=dice)
@@ -194,13 +194,13 @@ def dice_ce_loss(logits, target, ignore_index=-1, dice=True):
     count in neither part. Returns a scalar, 0 where all is ignored (a plain mean would be NaN).
     Dice is per patch and foreground class, then averaged: B patches in one process and one in each
     of B processes have the same gradient. Source: paper; the form is nnU-Net's."""
-    valid = target != ignore_index
+    valid = target != ignore_index  # (B, x, y, z)
     target = target.masked_fill(~valid, 0)[:, None]  # (B, 1, x, y, z)
     log_prob = logits.float().log_softmax(dim=1)  # (B, K, x, y, z); half precision would spoil it
     nll = -log_prob.gather(1, target)[:, 0] * valid  # (B, x, y, z)
     loss = nll.flatten(1).sum(1) / valid.flatten(1).sum(1).clamp(min=1)  # (B,)
     if dice:
-        prob = log_prob.exp() * valid[:, None]
+        prob = log_prob.exp() * valid[:, None]  # (B, K, x, y, z)
         one_hot = torch.zeros_like(prob).scatter_(1, target, valid[:, None].to(prob.dtype))
         prob, one_hot = prob[:, 1:].flatten(2), one_hot[:, 1:].flatten(2)  # (B, K-1, xyz)
         overlap, size = (prob * one_hot).sum(2), prob.sum(2) + one_hot.sum(2)  # (B, K-1)
@@ -226,7 +226,7 @@ class UNet3D(nn.Module):
     Source: nnU-Net without its deep supervision; the paper does not describe its U-Net further."""
     def __init__(self, num_classes, base_channels, levels, in_channels=1):
         super().__init__()
-        ch = [min(base_channels * 2**i, 320) for i in range(levels)]
+        ch = [min(base_channels * 2**i, 320) for i in range(levels)]  # 32, 64, 128, 256, 320
         steps = [*itertools.pairwise(ch)]
         self.down = nn.ModuleList([Block(in_channels, ch[0]), *(Block(a, b, 2) for a, b in steps)])
         self.up = nn.ModuleList([nn.ConvTranspose3d(b, a, 2, stride=2) for a, b in steps[::-1]])
@@ -236,7 +236,7 @@ class UNet3D(nn.Module):
         levels = [x]
         for block in self.down:
             levels.append(block(levels[-1]))  # half the size, twice the channels
-        x = levels.pop()
+        x = levels.pop()  # the deepest one
         for up, block in zip(self.up, self.merge):
             x = block(torch.cat((up(x), levels.pop()), dim=1))
         return self.head(x)
@@ -248,7 +248,7 @@ def make_pair(config, num_classes):
     networks, draws = [], {"he": nn.init.kaiming_normal_, "xavier": nn.init.xavier_normal_}
     with torch.random.fork_rng(devices=[]):  # leaves the caller's generator alone
         for which, scheme in enumerate(("he", config.init_b)):
-            torch.manual_seed(2 * config.seed + which)
+            torch.manual_seed(2 * config.seed + which)  # another seed for each: trap number one
             networks.append(UNet3D(num_classes, config.base_channels, config.levels))
             for name, p in networks[-1].named_parameters():
                 if p.ndim == 5:  # of a convolution; LeakyReLU's slope 0.01 is next to none
@@ -282,7 +282,7 @@ def atomic(path):
 
 def list_scans(path):
     """{case name: path} of a NIfTI file or a folder of them; nnU-Net's `_0000` is not in a name."""
-    path, scans = Path(path), {}
+    path, scans = Path(path), {}  # the suffix .nii.gz defeats Path.stem
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         if found := re.fullmatch(r"([^.].*?)(_0000)?\.nii(\.gz)?", file.name):
             other = scans.get(found[1]) or scans.get(found[1].removesuffix("_0001"))
@@ -304,10 +304,10 @@ def split_cases(config):
         images |= more
     orphans = sorted(labels.keys() - images.keys())
     need(not orphans, f"{root}/labelsTr: no image in imagesTr for {orphans[:5]}; add or remove")
-    known = np.random.default_rng(0).permutation(sorted(labels)).tolist()
+    known = np.random.default_rng(0).permutation(sorted(labels)).tolist()  # for all seeds alike
     test, val = (round(n) if n >= 1 else ceil(n * len(known)) for n in (config.test, config.val))
     rest = np.random.default_rng((1, config.seed)).permutation(known[test:]).tolist()
-    n = config.labelled or len(rest) - val
+    n = config.labelled or len(rest) - val  # 0: all that are left
     need(0 < n <= len(rest) - val, f"--labelled {n}: --val, --test leave {len(rest) - val} cases")
     parts = {"labelled": rest[val:val + n], "val": rest[:val], "test": known[:test],
              "unlabelled": rest[val + n:] + sorted(images.keys() - labels.keys())}
@@ -359,7 +359,7 @@ def preprocess(volume, spacing, config, path):
         size = np.multiply(volume.shape, spacing) / config.spacing
         volume = resample(volume, [max(1, round(n)) for n in size])
     low, high = config.clip or np.percentile(volume, (0.5, 99.5))
-    np.clip(volume, low, high, out=volume)
+    np.clip(volume, low, high, out=volume)  # first the clip, then mean and sd
     std, mean = torch.std_mean(torch.from_numpy(volume))
     need(std > 1e-6, f"{path}: constant from {low:g} to {high:g}; set --clip or remove it")
     return torch.from_numpy(volume).sub_(mean).div_(std).numpy()
@@ -374,7 +374,7 @@ def prepare_case(case, config):
     parts = ("image", "label", "points", "spacing") if case.label else ("image", "spacing")
     paths = [f"{config.cache}/{case.name}-{key}.{part}.npy" for part in parts]
     try:
-        *_, spacing = (np.load(path, mmap_mode="r") for path in paths)
+        *_, spacing = (np.load(path, mmap_mode="r") for path in paths)  # whole and readable?
     except (OSError, ValueError, EOFError):
         volume, spacing, scan = read_scan(case.image)
         arrays = [preprocess(volume, spacing, config, case.image).astype(np.float16)]
@@ -398,7 +398,7 @@ def for_each(what, items, one, threads=1):
         try:
             one(*pair)
         except UserError as error:
-            failed.append(print(f"error: {error}", file=sys.stderr))
+            failed.append(print(f"error: {error}", file=sys.stderr))  # print returns None
     failed, start = [], time.monotonic()
     with ThreadPoolExecutor(threads) as pool:
         for i, _ in enumerate(pool.map(attempt, items.items()), 1):
@@ -428,15 +428,15 @@ def progress(what, done, total, start):
 # name, centre and radii in half body widths (x right, y front, z up), HU. The kidneys are one shape
 # and one intensity: only what lies around them tells right from left. The first 4 get no label.
 ORGANS = (("fat", (0, 0, 0), (1, 0.9, 4), -90), ("muscle", (0, 0, 0), (0.9, 0.8, 4), 45),
-          ("spine", (0, -0.58, 0), (0.17, 0.2, 3), 350),
-          ("stomach", (-0.28, 0.4, 0.3), (0.26, 0.26, 0.3), 60),
-          ("liver", (0.42, 0.12, 0.3), (0.42, 0.5, 0.5), 105),
-          ("spleen", (-0.58, -0.22, 0.35), (0.22, 0.3, 0.34), 120),
-          ("right kidney", (0.4, -0.42, -0.4), (0.18, 0.18, 0.34), 165),
-          ("left kidney", (-0.4, -0.42, -0.4), (0.18, 0.18, 0.34), 165),
-          ("aorta", (-0.07, -0.2, 0), (0.12, 0.12, 3), 180))
+          ("spine", (0, -0.6, 0), (0.16, 0.18, 3), 350),
+          ("stomach", (-0.3, 0.42, 0.35), (0.3, 0.28, 0.36), 70),
+          ("liver", (0.42, 0.16, 0.42), (0.42, 0.5, 0.5), 110),
+          ("spleen", (-0.58, -0.14, 0.42), (0.26, 0.34, 0.42), 130),
+          ("right kidney", (0.4, -0.34, -0.5), (0.24, 0.24, 0.4), 170),
+          ("left kidney", (-0.4, -0.34, -0.5), (0.24, 0.24, 0.4), 170),
+          ("aorta", (0, -0.2, 0), (0.14, 0.14, 3), 195))
 
-def phantom_volume(rng, shape=(56, 48, 40)):
+def phantom_volume(rng, shape=(48, 48, 40)):
     """A body in RAS+: image float (X, Y, Z) in HU and label uint8. Place, size and outline of the
     organs, phase of the contrast agent, blur and noise of the scanner vary from case to case."""
     grid = np.stack(np.meshgrid(*(np.linspace(-1.1, 1.1, n) for n in shape), indexing="ij"))
@@ -450,7 +450,7 @@ def phantom_volume(rng, shape=(56, 48, 40)):
         organ = sum(((g - c) / r) ** 2 for g, c, r in zip(grid, centre, radii)) < 1
         image[organ], label[organ] = hu * phase * rng.uniform(0.95, 1.05), max(0, i)
     image = ndimage.gaussian_filter(image, rng.uniform(0.4, 0.8)) + rng.uniform(-10, 10)
-    return image + rng.normal(0, rng.uniform(10, 40), shape), label
+    return image + rng.normal(0, rng.uniform(10, 30), shape), label
 
 def make_phantom(folder):
     """Write the phantom as NIfTI: 12 labelled cases (Tr), 24 unlabelled (Un), 4 to test (Ts).
@@ -480,7 +480,7 @@ def read_box(volume, corner, shape, matrix=None, outside=0):
         wide = read_box(volume, corner + shape // 2 - half, 2 * half + 1, None, outside)
         return ndimage.affine_transform(wide, matrix, half - matrix @ (shape // 2), tuple(shape),
                                         order=1 + outside, cval=outside)
-    box = np.full(shape, outside, np.int16 if outside else np.float32)
+    box = np.full(shape, outside, np.int16 if outside else np.float32)  # all padding at first
     low, high = np.clip(corner, 0, volume.shape), np.clip(corner + shape, 0, volume.shape)
     box[tuple(map(slice, low - corner, high - corner))] = volume[tuple(map(slice, low, high))]
     return box
@@ -523,7 +523,7 @@ class Patches(torch.utils.data.Dataset):
     all processes: resuming is exact, and the number of workers changes nothing. [ours]"""
     def __init__(self, config, split, ids, rank=0):
         self.config, self.split, self.patch = config, split, np.array(config.patch)
-        self.which = range(rank * config.batch, (rank + 1) * config.batch)
+        self.which = range(rank * config.batch, (rank + 1) * config.batch)  # patches g of this rank
         self.class_of = np.zeros(256, np.int64)  # label id -> class
         self.class_of[ids] = np.arange(1, len(ids) + 1)
     def __len__(self):
@@ -531,24 +531,24 @@ class Patches(torch.utils.data.Dataset):
     def __getitem__(self, step):
         labelled, pairs, names = [], [], []
         for g in self.which:
-            rng = np.random.default_rng((self.config.seed, step, g))
+            rng = np.random.default_rng((self.config.seed, step, g))  # all chance of patch g
             for part in ("labelled", "unlabelled")[:1 if self.config.method == "supervised" else 2]:
                 case = self.split[part][rng.integers(len(self.split[part]))]
                 names.append(case.name)
                 if part == "labelled":  # drawn first, and so alike for all methods
                     labelled.append(self.labelled_patch(case, rng, centred=(step + g) % 2 == 1))
                 else:
-                    pairs.append(self.unlabelled_pair(case, rng)[::-1 if step % 2 else 1])
+                    pairs.append(self.unlabelled_pair(case, rng)[::-1 if step % 2 else 1])  # swap
         images, target = zip(*labelled)
         images = [np.stack([*images, *(pair[i][0] for pair in pairs)])[:, None] for i in (0, 1)]
-        valid = np.stack([pair[0][1] for pair in pairs] or target) >= 0
+        valid = np.stack([pair[0][1] for pair in pairs] or target) >= 0  # of A; the same in B
         tensors = [torch.from_numpy(array) for array in (*images, np.stack(target), valid)]
         return {"tensors": tensors, "overlaps": [(a[2], b[2]) for a, b in pairs], "names": names}
     def crops(self, case, rng, corners):
         """The patches at some corners of a case, each (image float32, classes int64, -1 outside).
         All come from one box around them: what turns, scales or mirrors it by chance does so to all
         alike, and an overlap stays a box. Their intensities are augmented apart."""
-        low, high = np.min(corners, axis=0), np.max(corners, axis=0) + self.patch
+        low, high = np.min(corners, axis=0), np.max(corners, axis=0) + self.patch  # the box
         volume, *label = (np.load(path, mmap_mode="r") for path in case.arrays[:2])
         label = label[0] if label else np.broadcast_to(np.uint8(0), volume.shape)
         matrix = spatial_matrix(rng, case.spacing) if rng.random() < self.config.spatial else None
@@ -585,7 +585,7 @@ def train_step(networks, optimisers, batch, lam, config, scaler, autocast):
     (*images, target, valid), overlaps = batch["tensors"], batch["overlaps"]
     with autocast:  # one forward for labelled patches and crops: instance norm keeps them apart
         logits = [network(image) for network, image in zip(networks, images)]  # (B + n, K, *P)
-    sup = sum(dice_ce_loss(out[:len(target)], target) for out in logits)
+    sup = sum(dice_ce_loss(out[:len(target)], target) for out in logits)  # L_sup(A) + L_sup(B)
     terms = []
     for i, pair in enumerate(overlaps):
         a, b = (out[i - len(overlaps), None][(..., *where)] for out, where in zip(logits, pair))
@@ -595,10 +595,10 @@ def train_step(networks, optimisers, batch, lam, config, scaler, autocast):
                                   (labels[0] == labels[1]).float().mean(),
                                   labels.sign().float().mean())))
     cps, agreement, foreground = torch.stack(terms).mean(0) if terms else sup.new_zeros(3)
-    loss = sup + lam * cps
-    scaler.scale(loss).backward()
+    loss = sup + lam * cps  # L
+    scaler.scale(loss).backward()  # one backward for both networks: no graph connects them
     for network, optimiser in zip(networks, optimisers):
-        scaler.unscale_(optimiser)
+        scaler.unscale_(optimiser)  # the norm is of true gradients
         nn.utils.clip_grad_norm_(network.parameters(), config.grad_clip or inf)
         scaler.step(optimiser)
         optimiser.zero_grad(set_to_none=True)
@@ -609,7 +609,7 @@ def train_step(networks, optimisers, batch, lam, config, scaler, autocast):
 class Run:
     """All that changes while training, which is all that a checkpoint holds."""
     def __init__(self, config, ids):
-        gpu = config.device != "cpu" and torch.cuda.is_available()
+        gpu = config.device != "cpu" and torch.cuda.is_available()  # "auto" takes it
         self.device = torch.device(config.device.replace("auto", "cuda" if gpu else "cpu"))
         self.config, self.ids = config, ids
         self.networks = [n.to(self.device, memory_format=torch.channels_last_3d)
@@ -621,7 +621,7 @@ class Run:
         fp16 = fp16 or config.amp == "fp16"  # it underflows: only it needs the scaler
         self.autocast = torch.autocast(self.device.type, [torch.bfloat16, torch.float16][fp16], amp)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp and fp16)
-        self.step, self.best, self.rows = 0, -1.0, []
+        self.step, self.best, self.rows = 0, -1.0, []  # rows: those of log.csv
         self.sums, self.counted = torch.zeros(4, device=self.device), 0  # since the last row
     def save(self, name):
         """Write a checkpoint of tensors and plain values, which loads with weights_only."""
@@ -633,7 +633,7 @@ class Run:
     def load(cls, path, **changes):
         """The run of a checkpoint, some fields of its config changed. Code in it is not run."""
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)  # no code of a pickle
             run = cls(Config(**state.pop("config") | changes), state["ids"])
             parts = (*run.networks, *run.optimisers, run.scaler)
             for part, values in zip(parts, state.pop("parts")):
@@ -651,7 +651,7 @@ def train(config):
     out, last, best = Path(config.out), Path(config.out) / "last.pt", f"{config.out}/best.pt"
     need(config.resume or not last.exists(), f"{out}: holds a run; --resume it, or change --out")
     print(*(f"{key}={value}" for key, value in asdict(config).items()))
-    split = prepare(split_cases(config), config)
+    split = prepare(split_cases(config), config)  # all is checked before anything is trained
     print(*(f"{len(cases)} {part}," for part, cases in split.items()), flush=True)
     points = [np.load(c.arrays[2]) for cases in split.values() for c in cases if c.label]
     ids = np.unique(np.concatenate(points)[:, 0]).tolist()
@@ -684,7 +684,7 @@ def train_loop(run, patches, val):
     def note(number, frame):  # a first signal lets the step end, a second one ends the process
         stop.append(signal.signal(number, signal.SIG_DFL))
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    torch.backends.cudnn.benchmark = gpu
+    torch.backends.cudnn.benchmark = gpu  # one patch size: the search for kernels pays
     loader = torch.utils.data.DataLoader(
         patches, None, sampler=range(run.step, len(patches)), num_workers=gpu * config.workers,
         pin_memory=gpu, worker_init_fn=lambda _: signal.signal(signal.SIGINT, signal.SIG_IGN))
@@ -756,7 +756,7 @@ def sliding_window(networks, volume, patch, num_classes, overlap=0.5, device="cp
     for a slab, (K, patch length, two whole axes), along the axis where that is smallest; what no
     later window can reach becomes uint8 and leaves, so a longer scan takes no more memory. The sum
     of the weights is the same for all classes: no map of it is needed. Source: ours."""
-    shape = np.maximum(volume.shape, patch)
+    shape = np.maximum(volume.shape, patch)  # with the padding
     axis = int(np.argmin(np.asarray(patch) / shape))
     counts = [ceil((s - p) / (p * (1 - overlap))) + 1 for s, p in zip(shape, patch)]
     starts = [np.linspace(0, s - p, n).round().astype(int) for s, p, n in zip(shape, patch, counts)]
@@ -764,12 +764,12 @@ def sliding_window(networks, volume, patch, num_classes, overlap=0.5, device="cp
     x, y, z = (np.exp(-0.5 * ((np.arange(p) - (p - 1) / 2) / (p / 8)) ** 2) for p in patch)
     weight = torch.tensor(np.einsum("x,y,z->xyz", x, y, z), dtype=torch.float32, device=device)
     slab = torch.zeros(num_classes, *np.where(np.arange(3) == axis, patch, shape), device=device)
-    result = np.zeros(shape, np.uint8)
+    result = np.zeros(shape, np.uint8)  # all that grows with the scan
     for first, after in itertools.pairwise([*firsts, shape[axis]]):
         for corner in itertools.product(*starts):
             window = read_box(volume, corner + np.eye(3, dtype=int)[axis] * first, patch)
             window = torch.from_numpy(window)[None, None].to(device)
-            place = slab[(..., *(slice(c, c + p) for c, p in zip(corner, patch)))]
+            place = slab[(..., *(slice(c, c + p) for c, p in zip(corner, patch)))]  # (K, *P) view
             for network, axes in itertools.product(networks, flips):
                 place += network(window.flip(axes)).float().softmax(1).flip(axes)[0] * weight
         done, kept = after - first, patch[axis] - (after - first)
@@ -782,7 +782,7 @@ def sliding_window(networks, volume, patch, num_classes, overlap=0.5, device="cp
 
 def largest_components(labels):
     """Keep the largest component (of voxels that share a face) of each label of uint8 (X, Y, Z)."""
-    kept = np.zeros_like(labels)
+    kept = np.zeros_like(labels)  # uint8 (X, Y, Z)
     for label, box in enumerate(ndimage.find_objects(labels), 1):
         if box:
             parts, _ = ndimage.label(labels[box] == label)
@@ -801,8 +801,8 @@ def write_like(labels, scan, path):
     """Write RAS+ labels uint8 (X, Y, Z) as NIfTI in shape, orientation and geometry of a scan."""
     header, ras = scan.header.copy(), [(0, 1), (1, 1), (2, 1)]
     back = nib.orientations.ornt_transform(ras, nib.io_orientation(scan.affine))
-    header.set_data_dtype(np.uint8)
-    header["cal_min"] = header["cal_max"] = 0
+    header.set_data_dtype(np.uint8)  # whatever the scan has
+    header["cal_min"] = header["cal_max"] = 0  # the display window of the scan
     labels = nib.apply_orientation(labels, back).reshape(scan.shape)
     with atomic(path) as temporary:  # affine None: the header keeps its qform, sform and codes
         nib.save(type(scan)(labels, None, header), temporary)
@@ -840,11 +840,11 @@ SURFELS = {1: ((1, 1, 1),), 3: ((2, 2, 0),) * 2, 6: ((1, 1, 1),) * 2, 24: ((1, 1
 
 def surfel_areas(spacing):
     """float (256,): area in mm2 of the surface at a voxel corner, by code; spacing in mm (3,)."""
-    normals, (s0, s1, s2) = np.zeros((256, 4, 3)), spacing
+    normals, (s0, s1, s2) = np.zeros((256, 4, 3)), spacing  # at most four triangles a code
     turns = itertools.product(itertools.permutations(range(3)), *[(1, -1)] * 3)
     for (axes, i, j, k), (code, rows) in itertools.product(turns, SURFELS.items()):
         twin = np.unpackbits(np.uint8(code)).reshape(2, 2, 2).transpose(axes)[::i, ::j, ::k]
-        for bits in (twin, 1 - twin):
+        for bits in (twin, 1 - twin):  # the complement has the same surface
             normals[np.packbits(bits)[0], :len(rows)] = np.array(rows)[:, axes]
     return np.linalg.norm(normals / 8 * (s1 * s2, s0 * s2, s0 * s1), axis=2).sum(axis=1)
 
@@ -869,11 +869,11 @@ def surface_dice(pred, ref, spacing, tolerance):
         return float(pred.any() == ref.any())
     box = ndimage.find_objects((pred | ref).view(np.uint8))[0]
     codes = [corner_codes(mask[box]) for mask in (pred, ref)]
-    surfaces = [(code != 0) & (code != 255) for code in codes]
+    surfaces = [(code != 0) & (code != 255) for code in codes]  # corners where both kinds meet
     areas, near, total = surfel_areas(spacing), 0.0, 0.0
     for code, here, there in zip(codes, surfaces, surfaces[::-1]):
         distance = ndimage.distance_transform_edt(~there, sampling=spacing)[here]
-        area = areas[code[here]]
+        area = areas[code[here]]  # mm2 of each surface corner
         near, total = near + area[distance <= tolerance].sum(), total + area.sum()
     return float(near / total)
 
@@ -887,13 +887,13 @@ def evaluate_case(pred, ref, spacing, labels, tolerances=None, flare22=False):
     boxes = [ndimage.find_objects(a.astype(np.uint8, copy=False), max(labels)) for a in (pred, ref)]
     results = {}
     for label in labels:
-        found = [b[label - 1] for b in boxes]
+        found = [b[label - 1] for b in boxes]  # slices, or None where the label is nowhere
         if None in found:
             results[label] = (1.0, 1.0) if found == [None, None] else (0.0, 0.0)
             continue
         box = [slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(*found)]
         if flare22 and label in (5, 6, 10):
-            z = found[1][2]
+            z = found[1][2]  # slices of the reference
             box[2] = slice(z.start, max(z.stop - 1, z.start + 1))
         p, r = pred[tuple(box)] == label, ref[tuple(box)] == label
         dsc, nsd = dice(p, r), nan
@@ -969,7 +969,7 @@ def config_from(data=None, preset=None, **given):
              else value for key, value in given.items()}
     name = Path(data).resolve().name if data else "phantom"
     given.setdefault("out", f"runs/{name}-{given.get('method', 'context')}")
-    given["preset"] = preset or ("paper" if data else "quick")
+    given["preset"] = preset or ("paper" if data else "quick")  # minutes on a CPU without DATA
     if data is None:
         make_phantom("runs/phantom")
         given = {"data": "runs/phantom", "labelled": 4, "val": 4.0} | given
