@@ -80,7 +80,7 @@ class Config:
     method: Literal["supervised", "cps", "context"] = "context"  # no L_cps, equal crops, overlap
     labelled: int = 0  # training cases that keep their labels, the others lose them; 0: all
     unlabelled: tuple[str, ...] = ()  # more folders of unlabelled images
-    val: float = 0.2  # share, from 1 on number, of labelled cases to choose the checkpoint [nnU-Net]
+    val: float = 0.2  # labelled cases to choose the checkpoint by: share, from 1 on number [nnU-Net]
     test: float = 0.0  # the same, for cases that choose nothing and are tested once at the end
     seed: int = 0  # of the initialisation, the split and the patches
     clip: tuple[float, ...] = (-68.0, 200.0)  # HU; auto (empty): 0.5, 99.5 percentiles [paper]
