@@ -80,7 +80,7 @@ class Config:
     method: Literal["supervised", "cps", "context"] = "context"  # no L_cps, equal crops, overlap
     labelled: int = 0  # training cases that keep their labels, the others lose them; 0: all
     unlabelled: tuple[str, ...] = ()  # more folders of unlabelled images
-    val: float = 0.2  # labelled cases to choose the checkpoint by: share, from 1 on number [nnU-Net]
+    val: float = 0.2  # share, or number if >= 1, of labelled cases to choose the checkpoint [ours]
     test: float = 0.0  # the same, for cases that choose nothing and are tested once at the end
     seed: int = 0  # of the initialisation, the split and the patches
     clip: tuple[float, ...] = (-68.0, 200.0)  # HU; auto (empty): 0.5, 99.5 percentiles [paper]
@@ -688,14 +688,14 @@ def train_loop(run, patches, val):
     loader = torch.utils.data.DataLoader(
         patches, None, sampler=range(run.step, len(patches)), num_workers=gpu * config.workers,
         pin_memory=gpu, worker_init_fn=lambda _: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    images = patches[run.step]["tensors"][0].to(device)
+    with torch.no_grad():
+        a, b = (pseudo_label(network(images)) for network in run.networks)
+    print(f"{device}, step {run.step}: A and B agree on {(a == b).float().mean():.1%} of voxels\n"
+          "  step       lr   lam loss_sup loss_cps  agreement  foreground    dice  s/step       ETA")
     start, first = time.monotonic(), run.step
     for batch in loader:
         batch["tensors"] = [tensor.to(device, non_blocking=True) for tensor in batch["tensors"]]
-        if run.step == first == 0:
-            with torch.no_grad():
-                a, b = (pseudo_label(network(batch["tensors"][0])) for network in run.networks)
-            print(f"{device}: at first A and B agree on {(a == b).float().mean():.1%} of voxels\n"
-                  "  step       lr   lam loss_sup loss_cps  agreement  foreground    dice  s/step")
         lam = config.lam * rampup(run.step, config.rampup * len(patches))
         lr = config.lr * 0.5 ** (run.step // config.epoch_steps // config.halve_epochs)
         for optimiser in run.optimisers:
