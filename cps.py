@@ -692,7 +692,7 @@ def train_loop(run, patches, val):
     with torch.no_grad():
         a, b = (pseudo_label(network(images)) for network in run.networks)
     print(f"{device}, step {run.step}: A and B agree on {(a == b).float().mean():.1%} of voxels\n"
-          "  step       lr   lam loss_sup loss_cps  agreement  foreground    dice  s/step       ETA")
+          "  step       lr   lam loss_sup loss_cps  agreement  foreground    dice  s/step      ETA")
     start, first = time.monotonic(), run.step
     for batch in loader:
         batch["tensors"] = [tensor.to(device, non_blocking=True) for tensor in batch["tensors"]]
