@@ -401,7 +401,7 @@ def for_each(what, items, one, threads=1):
             failed.append(print(f"error: {error}", file=sys.stderr))  # print returns None
     failed, start = [], time.monotonic()
     with ThreadPoolExecutor(threads) as pool:
-        for i, _ in enumerate(pool.map(attempt, items.items()), 1):
+        for i, _ in enumerate((pool.map if threads > 1 else map)(attempt, items.items()), 1):
             progress(what, i, len(items), start)
     good, seconds = len(items) - len(failed), time.monotonic() - start
     print(f"{what}: {good} of {len(items)} cases done in {seconds:.1f} s", flush=True)
