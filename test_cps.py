@@ -408,7 +408,7 @@ def test_trap_11_clip_comes_before_the_z_score():
         image, _ = phantom(i, PATCH)
         image[0, 0, 0], image[1, 1, 1] = 30000, -30000
         write(f"data/imagesTr/c{i}.nii.gz", image)
-    data = patches(intensity=0, spatial=0)
+    data = patches(intensity=0.0, spatial=0.0)
     for step_ in range(4):
         batch = data[step_]
         for name, got in zip(batch["names"][::2], batch["tensors"][0]):
@@ -436,7 +436,7 @@ def test_trap_13_no_left_right_mirroring_unless_asked_for(spatial):
     assert cps.Config().mirror == ""
     rising = {}
     for mirror in ("", "yz", "x"):
-        data = patches(mirror=mirror, intensity=0, spatial=spatial)
+        data = patches(mirror=mirror, intensity=0.0, spatial=spatial)
         images = torch.cat([data[i]["tensors"][k] for i in range(6) for k in (0, 1)])[:, 0]
         inner = images[:, 2:6, 2:6, 2:6].diff(dim=1).mean((1, 2, 3))
         rising[mirror] = (inner > 0).float().mean().item()
@@ -445,7 +445,7 @@ def test_trap_13_no_left_right_mirroring_unless_asked_for(spatial):
 @pytest.mark.parametrize("shape", [SHAPE, (16, 6, 5)])
 def test_trap_03_and_05_pairs_are_cut_after_mirroring_and_padding_is_never_valid(shape):
     make_data(shape=shape)
-    data, moved = patches(intensity=0, spatial=0.5, mirror="xyz"), 0
+    data, moved = patches(intensity=0.0, spatial=0.5, mirror="xyz"), 0
     for i in range(12):
         batch = data[i]
         a, b, target, valid = batch["tensors"]
@@ -461,7 +461,7 @@ def test_trap_03_and_05_pairs_are_cut_after_mirroring_and_padding_is_never_valid
             if shape != SHAPE:
                 assert not inside.all()
     assert moved > 12
-    plain = patches(intensity=0, spatial=0)[1]["tensors"]
+    plain = patches(intensity=0.0, spatial=0.0)[1]["tensors"]
     inside = np.prod(np.minimum(shape, PATCH))
     assert all((t >= 0).sum() == inside for t in plain[2])
     assert all(v.sum() == inside for v in plain[3])
@@ -503,7 +503,7 @@ def test_augment_changes_the_look_only_and_chance_0_nothing():
 def test_train_step_is_the_formula(i, pseudo_loss):
     """On padded volumes, in both roles (even and odd steps): losses, agreement and new weights."""
     make_data(shape=(16, 6, 14))
-    data = patches(pseudo_loss=pseudo_loss, grad_clip=0.3, intensity=0)
+    data = patches(pseudo_loss=pseudo_loss, grad_clip=0.3, intensity=0.0)
     batch, nets, plain = data[i], networks(), networks()
     got = step(nets, batch, data.config, lam=0.7)()
     (*images, target, valid), sup, cross, agree = batch["tensors"], 0, 0, 0
@@ -527,13 +527,13 @@ def test_train_step_is_the_formula(i, pseudo_loss):
 
 def test_trap_03_networks_that_see_single_voxels_agree_fully_on_the_overlap():
     make_data()
-    data, net = patches(intensity=0, spatial=0.5, mirror="xyz"), nn.Conv3d(1, 3, 1)
+    data, net = patches(intensity=0.0, spatial=0.5, mirror="xyz"), nn.Conv3d(1, 3, 1)
     for i in range(4):
         assert step([net, net], data[i], data.config)()[2] == 1
 
 def test_one_batch_can_be_learned_by_heart():
     make_data()
-    data, nets = patches(method="supervised", intensity=0, spatial=0), networks()
+    data, nets = patches(method="supervised", intensity=0.0, spatial=0.0), networks()
     one = step(nets, data[1], data.config)
     losses = [one()[0] for _ in range(60)]
     assert losses[-1] < 0.2 * losses[0]
