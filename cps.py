@@ -133,6 +133,7 @@ class Config:
 PRESETS = {"paper": {}, "quick": {  # momentum 0.99 wants more than some hundred steps [measured]
     "patch": (32, 48, 32), "base_channels": 8, "levels": 4, "epochs": 20, "epoch_steps": 20,
     "halve_epochs": 8, "lr": 0.05, "momentum": 0.9, "validate_epochs": 4}}
+SLOW = {"epochs": 30, "halve_epochs": 12, "rampup": 0.6, "validate_epochs": 5}  # small organs
 MAY_CHANGE = {"resume", "out", "epochs", "device", "workers", "cache"}  # on --resume
 
 # 2. The method: pure functions, tensors in, scalar out ============================================
@@ -453,9 +454,8 @@ def phantom_volume(rng, shape=(48, 48, 40)):
     return image + rng.normal(0, rng.uniform(10, 30), shape), label
 
 def make_phantom(folder):
-    """Write the phantom as NIfTI: 12 labelled cases (Tr), 24 unlabelled (Un), 4 to test (Ts).
-    Stored as scanners do, x to the left and y to the back (LPS), so that nothing works merely as
-    arrays happen to be RAS+. Built under another name, then renamed: whole or not there."""
+    """Write the phantom as NIfTI: 12 labelled cases (Tr), 24 unlabelled (Un), 4 to test (Ts); LPS
+    as of scanners, for nothing must work merely as arrays happen to be RAS+. Whole or not there."""
     folder, build = Path(folder), Path(f"{folder}-{os.getpid()}")
     for group, part, count in ((0, "Tr", 12), (1, "Un", 24), (2, "Ts", 4)):
         for i in range(0 if folder.exists() else count):
@@ -973,7 +973,7 @@ def config_from(data=None, preset=None, **given):
     given["preset"] = preset or ("paper" if data else "quick")  # minutes on a CPU without DATA
     if data is None:
         make_phantom("runs/phantom")
-        given = {"data": "runs/phantom", "labelled": 4, "val": 4.0} | given
+        given = {"data": "runs/phantom", "labelled": 4, "val": 4.0} | SLOW | given
     return Config(**PRESETS[given["preset"]] | ({"data": data} if data else {}) | given)
 
 def main(argv=None):
