@@ -124,7 +124,7 @@ class Config:
             "min_overlap": 0 < self.min_overlap < 1 or "between 0 and 1",
             "device": self.device in ("auto", "cpu") or gpu or "cpu, or a GPU that is there"}
         for name, value in vars(self).items():
-            low = type(value) is int and name not in ("labelled", "seed", "workers")
+            low = self.__annotations__[name] is int and name not in ("labelled", "seed", "workers")
             if type(value) in (int, float):
                 wanted.setdefault(name, low <= value < inf or f"{low:d} or more")
             need(wanted.get(name, True) is True,
@@ -184,8 +184,7 @@ def cross_pseudo_loss(logits_a, logits_b, valid=None, dice=True):
 
 def rampup(step, length):
     """Share of lam at a step: exp(-5 (1 - t)^2) with t = step / length, 1 from `length` on.
-    Pseudo labels are noise at first: they would teach both networks that all is background. The
-    shape is the field's (SSL4MIS), but there it ends in the last step only. [ours]"""
+    Pseudo labels are noise at first. SSL4MIS has this shape, but up to the last step. [ours]"""
     return float(np.exp(-5 * (1 - step / length) ** 2)) if step < length else 1.0
 
 # 3. Supervised loss ===============================================================================
@@ -415,7 +414,8 @@ def prepare(split, config):
         if case.label and not len(np.load(done[name].arrays[2])):
             print(f"warning: {case.label}: no voxel is labelled", file=sys.stderr)
     done, cases = {}, {case.name: case for part in split.values() for case in part}
-    code = for_each("preparing", cases, one, threads=min(4, os.cpu_count() or 1))
+    what = ", ".join(f"{len(part)} {name}" for name, part in split.items())
+    code = for_each(f"preparing {what}", cases, one, threads=min(4, os.cpu_count() or 1))
     need(not code, f"{config.data}: some cases cannot be used, see above; mend or remove them")
     return {part: [done[case.name] for case in cases] for part, cases in split.items()}
 
@@ -486,8 +486,7 @@ def read_box(volume, corner, shape, matrix=None, outside=0):
     return box
 
 def spatial_matrix(rng, spacing):
-    """Rotation up to 30 degrees about each axis and scale 0.7 to 1.4, for `read_box` [nnU-Net]. It
-    turns in mm: turned in voxels of 1 x 1 x 5 mm, the body would be sheared."""
+    """Rotation to 30 degrees, scale 0.7 to 1.4 [nnU-Net]; in mm: uneven voxels would be sheared."""
     rotation = Rotation.from_euler("xyz", rng.uniform(-30, 30, 3), degrees=True).as_matrix()
     scale = rng.uniform(*((0.7, 1) if rng.random() < 0.5 else (1, 1.4)))
     return scale * np.diag(1 / np.asarray(spacing)) @ rotation @ np.diag(spacing)
@@ -580,8 +579,7 @@ class Patches(torch.utils.data.Dataset):
 def train_step(networks, optimisers, batch, lam, config, scaler, autocast):
     """The heart: one optimiser step of A and of B on a batch of `Patches`.
     Returns float (4,): loss_sup, loss_cps, and on the overlaps the share of voxels on which A and B
-    agree and the share of foreground pseudo labels. They stay on the device: no waiting for a GPU.
-    """
+    agree and the share of foreground pseudo labels. All stay on the device: no wait for a GPU."""
     (*images, target, valid), overlaps = batch["tensors"], batch["overlaps"]
     with autocast:  # one forward for labelled patches and crops: instance norm keeps them apart
         logits = [network(image) for network, image in zip(networks, images)]  # (B + n, K, *P)
@@ -590,10 +588,10 @@ def train_step(networks, optimisers, batch, lam, config, scaler, autocast):
     for i, pair in enumerate(overlaps):
         a, b = (out[i - len(overlaps), None][(..., *where)] for out, where in zip(logits, pair))
         seen = valid[i, None][(..., *pair[0])]  # (1, x, y, z); a, b: (1, K, x, y, z)
-        labels = torch.stack((pseudo_label(a), pseudo_label(b)))
+        labels, share = torch.stack((pseudo_label(a), pseudo_label(b))), seen / seen.sum().clamp(1)
         terms.append(torch.stack((cross_pseudo_loss(a, b, seen, config.pseudo_loss == "dice_ce"),
-                                  (labels[0] == labels[1]).float().mean(),
-                                  labels.sign().float().mean())))
+                                  ((labels[0] == labels[1]) * share).sum(),
+                                  (labels.sign() * share).sum() / 2)))  # shares without padding
     cps, agreement, foreground = torch.stack(terms).mean(0) if terms else sup.new_zeros(3)
     loss = sup + lam * cps  # L
     scaler.scale(loss).backward()  # one backward for both networks: no graph connects them
@@ -635,9 +633,9 @@ class Run:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)  # no code of a pickle
             run = cls(Config(**state.pop("config") | changes), state["ids"])
-            parts = (*run.networks, *run.optimisers, run.scaler)
-            for part, values in zip(parts, state.pop("parts")):
-                part.load_state_dict(values or part.state_dict())  # a scaler that was off has none
+            own = (*run.networks, *run.optimisers, run.scaler)
+            for part, saved in zip(own, state.pop("parts")):
+                part.load_state_dict(saved or part.state_dict())  # a scaler that was off has none
             vars(run).update(state, sums=state["sums"].to(run.device))
             return run
         except (OSError, UserError):
@@ -652,7 +650,6 @@ def train(config):
     need(config.resume or not last.exists(), f"{out}: holds a run; --resume it, or change --out")
     print(*(f"{key}={value}" for key, value in asdict(config).items()), flush=True)
     split = prepare(split_cases(config), config)  # all is checked before anything is trained
-    print(*(f"{len(cases)} {part}," for part, cases in split.items()), flush=True)
     points = [np.load(c.arrays[2]) for cases in split.values() for c in cases if c.label]
     ids = np.unique(np.concatenate(points)[:, 0]).tolist()
     need(ids, f"{config.data}: all labels are empty; there is nothing to learn")
@@ -694,31 +691,34 @@ def train_loop(run, patches, val):
     print(f"{device}, step {run.step}: A and B agree on {(a == b).float().mean():.1%} of voxels\n"
           "  step       lr   lam loss_sup loss_cps  agreement  foreground    dice  s/step      ETA")
     start, first = time.monotonic(), run.step
-    for batch in loader:
-        batch["tensors"] = [tensor.to(device, non_blocking=True) for tensor in batch["tensors"]]
-        lam = config.lam * rampup(run.step, config.rampup * len(patches))
-        lr = config.lr * 0.5 ** (run.step // config.epoch_steps // config.halve_epochs)
-        for optimiser in run.optimisers:
-            optimiser.param_groups[0]["lr"] = lr
-        run.sums += train_step(run.networks, run.optimisers, batch, lam, config, run.scaler,
-                               run.autocast)
-        run.step, run.counted = run.step + 1, run.counted + 1
-        progress("step", run.step - first, len(patches) - first, start)
-        if run.step % config.epoch_steps == 0:
-            end_epoch(run, patches, val, lr, lam, (time.monotonic() - start) / (run.step - first))
-            start, first = time.monotonic(), run.step
-        if stop:
-            run.save("last.pt")
-            raise KeyboardInterrupt(f"step {run.step} is saved; run this again with --resume")
-    list(map(signal.signal, before, before.values()))
+    try:
+        for batch in loader:
+            batch["tensors"] = [t.to(device, non_blocking=True) for t in batch["tensors"]]
+            lam = config.lam * rampup(run.step, config.rampup * len(patches))
+            lr = config.lr * 0.5 ** (run.step // config.epoch_steps // config.halve_epochs)
+            for optimiser in run.optimisers:
+                optimiser.param_groups[0]["lr"] = lr
+            run.sums += train_step(run.networks, run.optimisers, batch, lam, config, run.scaler,
+                                   run.autocast)
+            run.step, run.counted = run.step + 1, run.counted + 1
+            progress("step", run.step - first, len(patches) - first, start)
+            if run.step % config.epoch_steps == 0:
+                end_epoch(run, patches, val, lr, lam, start, run.step - first)
+                start, first = time.monotonic(), run.step
+            if stop:
+                run.save("last.pt")
+                raise KeyboardInterrupt(f"step {run.step} is saved; run this again with --resume")
+    finally:
+        list(map(signal.signal, before, before.values()))
 
-def end_epoch(run, patches, val, lr, lam, seconds):
+def end_epoch(run, patches, val, lr, lam, start, steps):
     """Validate if it is time, log a row, write last.pt and, if this is the best, best.pt."""
-    config, dice, means = run.config, nan, (run.sums / run.counted).tolist()
-    epoch, steps = run.step // config.epoch_steps, range(run.step - run.counted, run.step)
+    config, dice, means = run.config, nan, (run.sums / run.counted).tolist()  # waits for a GPU
+    epoch, seconds = run.step // config.epoch_steps, (time.monotonic() - start) / steps
     if not np.isfinite(means).all():
-        names = sorted({name for step in steps for name in patches[step]["names"]})[:8]
-        need(False, f"{config.out}: loss not finite from step {steps[0]} on, {names}; lower --lr")
+        bad = range(run.step - run.counted, run.step)
+        names = sorted({name for step in bad for name in patches[step]["names"]})[:8]
+        need(False, f"{config.out}: loss not finite from step {bad[0]} on, {names}; lower --lr")
     if epoch % config.validate_epochs == 0 or epoch == config.epochs:
         scores = [d for case in validate(run, val).values() for d, _ in case.values()]
         dice = float(np.mean(scores)) if scores else nan

@@ -448,7 +448,7 @@ def test_train_step_is_the_formula(i, pseudo_loss):
     """On padded volumes, in both roles (even and odd steps): losses, agreement and new weights."""
     make_data(shape=(16, 6, 14))
     data = patches(pseudo_loss=pseudo_loss, grad_clip=0.3, intensity=0.0)
-    batch, nets, plain, cross = data[i], networks(), networks(), 0
+    batch, nets, plain, cross, agree, found = data[i], networks(), networks(), 0, 0, 0
     got = stepper(nets, data.config)(batch)
     *images, target, valid = batch["tensors"]
     outs = [net(image) for net, image in zip(plain, images)]
@@ -458,14 +458,29 @@ def test_train_step_is_the_formula(i, pseudo_loss):
         for out, label in ((a, b.argmax(1)), (b, a.argmax(1))):
             label = label.masked_fill(unseen, -1)
             cross = cross + plain_loss(out, label, pseudo_loss == "dice_ce") / 2
+        a, b = a.argmax(1)[~unseen], b.argmax(1)[~unseen]  # padding is in no share
+        agree, found = agree + (a == b).float().mean() / 2, found + (
+            (a > 0).float().mean() + (b > 0).float().mean()) / 4
     sup = sum(plain_loss(out[:2], target) for out in outs)
-    assert got[:2] == pytest.approx([sup.item(), cross.item()], rel=1e-4)
+    expected = [sup.item(), cross.item(), agree.item(), found.item()]
+    assert got == pytest.approx(expected, rel=1e-4)
     (sup + 0.7 * cross).backward()
     for net, learned in zip(plain, nets):
         nn.utils.clip_grad_norm_(net.parameters(), 0.3)
         torch.optim.SGD(net.parameters(), 0.05, 0.9, nesterov=True).step()
         assert all(torch.allclose(p, q, atol=1e-5)
                    for p, q in zip(net.parameters(), learned.parameters()))
+
+def test_signals_are_given_back_after_an_interrupt(monkeypatch):
+    make_data()
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    spy(monkeypatch, lambda step: step == 1 and os.kill(os.getpid(), signal.SIGINT))
+    assert train() == 130
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+def test_a_whole_number_will_do_for_a_float():
+    config = cps.Config(intensity=0, val=0, lam=0)
+    assert config == cps.Config(intensity=0.0, val=0.0, lam=0.0)
 
 def test_trap_03_networks_that_see_single_voxels_agree_on_all_of_the_overlap():
     make_data()
