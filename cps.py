@@ -36,6 +36,7 @@ Contents: 1 Configuration, 2 The method, 3 Supervised loss, 4 The network, 5 Dat
 import argparse
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import os
@@ -44,8 +45,10 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from math import ceil, inf, nan
@@ -69,6 +72,19 @@ def need(holds, sentence):
     """Raise UserError with the sentence unless something holds."""
     if not holds:
         raise UserError(sentence)
+
+@contextmanager
+def user_errors():
+    """Make a UserError of what the system refuses; a defect of this program keeps its traceback."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or 'file'}: {error.strerror or error}") from error
+    except (MemoryError, RuntimeError) as error:  # torch has no type of its own for it on a CPU
+        lack = re.search("out of memory|not enough memory|allocate", str(error)[:200])
+        need(not lack and type(error) is not MemoryError, "out of memory; lower --patch, --batch "
+             "or --base-channels of the training, or take a machine with more")
+        raise
 
 @dataclass(frozen=True)
 class Config:
@@ -265,20 +281,38 @@ class Case(NamedTuple):
     label: Path | None = None  # None where there is none, or where training must not read it
     arrays: tuple = ()  # .npy files, once prepared: image, and of a labelled case label and points
     spacing: tuple = ()  # x y z in mm, once prepared
+    checksum: float = 0.0  # of the prepared image
 
 @contextmanager
 def atomic(path):
     """Yield a temporary name beside `path`; rename it to `path` once it is written and on disk.
     A crash, a full disk or a second writer leaves the old file or the new one, never a half."""
     temporary = Path(path).with_name(f".{os.getpid()}-{time.monotonic_ns()}-{Path(path).name}")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        reason = error.strerror or "the disk may be full"
+        raise UserError(f"{path}: cannot be written, {reason}; make room or change it") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
+
+@contextmanager
+def only_user_of(folder):
+    """Keep other processes out of a run folder. The lock goes with the process, even by kill -9."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        with suppress(ImportError):  # Windows has no flock: there a second run goes unnoticed
+            import fcntl
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"{folder}: another run is at work here; change --out") from error
+        yield
 
 def list_scans(path):
     """{case name: path} of a NIfTI file or a folder of them; nnU-Net's `_0000` is not in a name."""
@@ -371,10 +405,10 @@ def prepare_case(case, config):
     files = [file for file in (case.image, case.label) if file]
     key = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     key = hashlib.sha256(repr((key, config.clip, config.spacing)).encode()).hexdigest()[:16]
-    parts = ("image", "label", "points", "spacing") if case.label else ("image", "spacing")
+    parts = ("image", "label", "points", "facts") if case.label else ("image", "facts")
     paths = [f"{config.cache}/{case.name}-{key}.{part}.npy" for part in parts]
     try:
-        *_, spacing = (np.load(path, mmap_mode="r") for path in paths)  # whole and readable?
+        *_, facts = (np.load(path, mmap_mode="r") for path in paths)  # whole and readable?
     except (OSError, ValueError, EOFError):
         volume, spacing, scan = read_scan(case.image)
         arrays = [preprocess(volume, spacing, config, case.image).astype(np.float16)]
@@ -386,19 +420,21 @@ def prepare_case(case, config):
                 xyz = rng.permutation(np.argwhere(label == value))[:1000]
                 points.append(np.insert(xyz, 0, value, axis=1))
             arrays += [label, np.concatenate(points).astype(np.int32)]
-        spacing = np.array(config.spacing or spacing)
-        for path, array in zip(paths, [*arrays, spacing]):
+        facts = np.array((*(config.spacing or spacing), zlib.crc32(arrays[0])))
+        for path, array in zip(paths, [*arrays, facts]):
             with atomic(path) as temporary, open(temporary, "wb") as file:
                 np.save(file, array)
-    return case._replace(arrays=tuple(paths[:-1]), spacing=tuple(spacing.tolist()))
+    return case._replace(arrays=paths[:-1], spacing=(*facts[:3].tolist(),), checksum=facts[3])
 
 def for_each(what, items, one, threads=1):
     """Call one(name, item) for all items and report bad ones: exit code 1 if some are, 2 if all."""
     def attempt(pair):
         try:
-            one(*pair)
+            with user_errors():
+                one(*pair)
         except UserError as error:
-            failed.append(print(f"error: {error}", file=sys.stderr))  # print returns None
+            print(f"error: {error}", file=sys.stderr)
+            failed.append(pair)
     failed, start = [], time.monotonic()
     with ThreadPoolExecutor(threads) as pool:
         for i, _ in enumerate((pool.map if threads > 1 else map)(attempt, items.items()), 1):
@@ -416,6 +452,11 @@ def prepare(split, config):
     done, cases = {}, {case.name: case for part in split.values() for case in part}
     what = ", ".join(f"{len(part)} {name}" for name, part in split.items())
     code = for_each(f"preparing {what}", cases, one, threads=min(4, os.cpu_count() or 1))
+    seen = {}  # the same scan on both sides of a split is a leak
+    for case in done.values():
+        if (twin := seen.setdefault(case.checksum, case)) is not case:
+            print(f"error: {case.image}: same voxels as {twin.image}; remove one", file=sys.stderr)
+            code = 1
     need(not code, f"{config.data}: some cases cannot be used, see above; mend or remove them")
     return {part: [done[case.name] for case in cases] for part, cases in split.items()}
 
@@ -467,7 +508,9 @@ def make_phantom(folder):
                 array = array[::-1, ::-1].round().astype(np.int16)
                 nib.save(nib.Nifti1Image(array, np.diag((-6.0, -6.0, 6.0, 1.0))), path)
     if build.exists():
-        build.rename(folder)
+        with suppress(OSError):  # another process was first
+            build.rename(folder)
+        shutil.rmtree(build, ignore_errors=True)
 
 # 7. Patches: batch number i, from (seed, i) alone =================================================
 def read_box(volume, corner, shape, matrix=None, outside=0):
@@ -625,16 +668,19 @@ class Run:
         """Write a checkpoint of tensors and plain values, which loads with weights_only."""
         state = {k: getattr(self, k) for k in ("ids", "step", "best", "rows", "sums", "counted")}
         parts = [part.state_dict() for part in (*self.networks, *self.optimisers, self.scaler)]
-        with atomic(Path(self.config.out) / name) as temporary:
-            torch.save(state | {"config": asdict(self.config), "parts": parts}, temporary)
+        torch.save(state | {"config": asdict(self.config), "parts": parts}, file := io.BytesIO())
+        with atomic(Path(self.config.out) / name) as temporary:  # torch hides that a disk is full
+            temporary.write_bytes(file.getbuffer())
     @classmethod
     def load(cls, path, **changes):
         """The run of a checkpoint, some fields of its config changed. Code in it is not run."""
         try:
+            with zipfile.ZipFile(path) as file:  # torch does not look at the checksums
+                need(not file.testzip(), f"{path}: damaged; take another checkpoint")
             state = torch.load(path, map_location="cpu", weights_only=True)  # no code of a pickle
             run = cls(Config(**state.pop("config") | changes), state["ids"])
             own = (*run.networks, *run.optimisers, run.scaler)
-            for part, saved in zip(own, state.pop("parts")):
+            for part, saved in zip(own, state.pop("parts"), strict=True):
                 part.load_state_dict(saved or part.state_dict())  # a scaler that was off has none
             vars(run).update(state, sums=state["sums"].to(run.device))
             return run
@@ -653,27 +699,30 @@ def train(config):
     points = [np.load(c.arrays[2]) for cases in split.values() for c in cases if c.label]
     ids = np.unique(np.concatenate(points)[:, 0]).tolist()
     need(ids, f"{config.data}: all labels are empty; there is nothing to learn")
-    if last.exists():
-        run = Run.load(last, **{key: getattr(config, key) for key in MAY_CHANGE})
-        other = dict(asdict(config).items() - asdict(run.config).items())
-        need(not other, f"{last}: begun with other values than {other}; leave out, or change --out")
-    else:
-        run = Run(config, ids)
-        names = {part: [case.name for case in cases] for part, cases in split.items()}
-        for file, content in (("split.json", names), ("config.json", asdict(config))):
-            with atomic(out / file) as temporary:
-                temporary.write_text(json.dumps(content, indent=1))
-        shutil.copy(__file__, out / "cps.py")
-        run.save("last.pt")
-    train_loop(run, Patches(config, split, ids), split["val"])
-    part = "test" if split["test"] else "val"
-    results = validate(Run.load(best, device=config.device), split[part], tolerance=2.0)
-    print(f"\n{best}: mean Dice {run.best:.4f} on the {len(split['val'])} cases that chose it")
-    if results:
-        print(f"{len(results)} {part} cases:\n{table(results, '2 mm')}")
-    images = f"{config.data}/imagesT" + "rs"[Path(f"{config.data}/imagesTs").is_dir()]
-    print(f"\nNext: python cps.py predict {best} {images} {out}/predictions")
-    return {"best_dice": run.best, "checkpoint": best, "steps": run.step, "results": results}
+    with only_user_of(out):
+        if last.exists():
+            run = Run.load(last, **{key: getattr(config, key) for key in MAY_CHANGE})
+            other = dict(asdict(config).items() - asdict(run.config).items())
+            other |= {"label ids": ids} if ids != run.ids else {}
+            need(not other, f"{last}: begun with other values than {other}; change them or --out")
+        else:
+            run = Run(config, ids)
+            names = {part: [case.name for case in cases] for part, cases in split.items()}
+            for file, text in (("split.json", json.dumps(names, indent=1)),
+                               ("config.json", json.dumps(asdict(config), indent=1)),
+                               ("cps.py", Path(__file__).read_text("utf-8"))):
+                with atomic(out / file) as temporary:
+                    temporary.write_text(text, "utf-8")
+            run.save("last.pt")
+        train_loop(run, Patches(config, split, ids), split["val"])
+        part = "test" if split["test"] else "val"
+        results = validate(Run.load(best, device=config.device), split[part], tolerance=2.0)
+        print(f"\n{best}: mean Dice {run.best:.4f} on the {len(split['val'])} cases that chose it")
+        if results:
+            print(f"{len(results)} {part} cases:\n{table(results, '2 mm')}")
+        images = f"{config.data}/imagesT" + "rs"[Path(f"{config.data}/imagesTs").is_dir()]
+        print(f"\nNext: python cps.py predict {best} {images} {out}/predictions")
+        return {"best_dice": run.best, "checkpoint": best, "steps": run.step, "results": results}
 
 def train_loop(run, patches, val):
     """From the step of `run` to the last; each epoch a row, a checkpoint and maybe validation."""
@@ -684,7 +733,7 @@ def train_loop(run, patches, val):
     torch.backends.cudnn.benchmark = gpu  # one patch size: the search for kernels pays
     loader = torch.utils.data.DataLoader(
         patches, None, sampler=range(run.step, len(patches)), num_workers=gpu * config.workers,
-        pin_memory=gpu, worker_init_fn=lambda _: signal.signal(signal.SIGINT, signal.SIG_IGN))
+        pin_memory=gpu)  # the workers inherit `note`: Ctrl-C, which reaches them too, is no end
     images = patches[run.step]["tensors"][0].to(device)
     with torch.no_grad():
         a, b = (pseudo_label(network(images)) for network in run.networks)
@@ -985,11 +1034,13 @@ def main(argv=None):
         p = commands.add_parser(function.__name__, help=text, description=text, allow_abbrev=False)
         add_flags(p, Config if function is train else function)
         p.error = parser.error = lambda text: need(False, f"{text}; see cps.py [COMMAND] --help")
+    nib.imageglobals.logger.setLevel("CRITICAL")  # what is wrong with a scan, an error says
     try:
         args = vars(parser.parse_args(argv))
         command = globals()[args.pop("command")]
-        return train(config_from(**args)) and 0 if command is train else command(**args)
-    except (UserError, OSError) as error:
+        with user_errors():
+            return train(config_from(**args)) and 0 if command is train else command(**args)
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:

@@ -5,11 +5,18 @@ the fifteen traps that a toy version of this method falls into (`test_trap_01_..
 """
 import csv
 import functools
+import gzip
+import io
 import itertools
 import os
+import pathlib
 import pickle
+import resource
+import shutil
 import signal
-from contextlib import nullcontext
+import sys
+import traceback
+from contextlib import nullcontext, suppress
 
 import nibabel as nib
 import numpy as np
@@ -57,7 +64,9 @@ def make_data(root="data", labelled=6, shape=SHAPE, image=None, label=None):
     for i in range(labelled + 2):
         part, name = ("Tr", f"c{i}.nii.gz") if i < labelled else ("Un", f"u{i}.nii")
         arrays = phantom(i, shape)
-        write(f"{root}/images{part}/{name}", arrays[0] if image is None else image)
+        scan = arrays[0] if image is None else image.copy()
+        scan[-1, -1, -1] += i  # no case is a copy of another
+        write(f"{root}/images{part}/{name}", scan)
         if part == "Tr":
             write(f"{root}/labelsTr/{name}", arrays[1] if label is None else label)
 
@@ -378,7 +387,7 @@ def test_trap_11_clip_comes_before_the_z_score():
     image = np.clip(image.astype(float), -68, 200)
     want = (image - image.mean()) / image.std(ddof=1)
     for got in patches(**STILL)[0]["tensors"][0][:, 0]:  # the cache is float16
-        assert np.allclose(got, want, rtol=2e-3, atol=2e-3)
+        assert np.allclose(got.flatten()[:-1], want.flatten()[:-1], rtol=2e-3, atol=2e-3)
 
 def test_trap_11_label_ids_are_never_averaged():
     """1 and 5 side by side: linear interpolation would make 2, 3 and 4 between them."""
@@ -527,6 +536,136 @@ def test_resumed_run_is_the_uninterrupted_one(how, monkeypatch, capsys):
     assert table_of("whole/log.csv") == table_of("run/log.csv")
     assert train("--resume", epochs=3, lr=0.01) == 2  # not the run that was begun
     assert "0.01" in capsys.readouterr().err
+
+def in_a_child(*argv, event=None, limit=None):
+    """Run a command in a process of its own, killed -9 at one of the calls of a function, of
+    Python or C, that it makes, or with a limit to the size of its files. Returns (exit code or
+    -signal, calls)."""
+    read, write_end = os.pipe()
+    child = os.fork()  # a fork, as to import torch anew takes seconds
+    if not child:
+        count = 0
+        def profile(frame, what, arg):
+            nonlocal count
+            count += what in ("call", "c_call")
+            if count == event:
+                os.kill(os.getpid(), signal.SIGKILL)
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        sys.setprofile(profile)
+        try:
+            code = cps.main([*argv])
+        except Exception:
+            traceback.print_exc()
+            code = 99
+        sys.setprofile(None)
+        os.write(write_end, str(count).encode())
+        os._exit(code)
+    os.close(write_end)
+    with open(read) as pipe:
+        calls = int(pipe.read() or 0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), calls
+
+def line(*more, **flags):
+    flags = TINY | flags
+    return ["train", flags.pop("data"), *more, *words(flags)]
+
+def same_run(one, two):
+    assert same_weights(f"{one}/last.pt", f"{two}/last.pt")
+    assert same_weights(f"{one}/best.pt", f"{two}/best.pt")
+    assert table_of(f"{one}/log.csv") == table_of(f"{two}/log.csv")
+    states = [torch.load(f"{run}/last.pt", weights_only=True)["parts"] for run in (one, two)]
+    leaves = [tree_leaves(state) for state in states]  # momentum too
+    assert all(map(torch.equal, *([x for x in ls if isinstance(x, torch.Tensor)] for ls in leaves)))
+
+def test_killed_at_any_moment_a_run_can_be_resumed_and_ends_the_same(monkeypatch, capfd):
+    make_data()
+    assert train(out="whole") == 0  # in this process, for what torch does only the first time
+    code, calls = in_a_child(*line(out="other", cache="c"))
+    assert code == 0 and calls > 5000
+    rng, plan = np.random.default_rng(0), []
+    for i in range(20):
+        plan.append((f"run{i}", [int(rng.integers(1, 0.98 * calls))]))
+    plan.append(("thrice", [calls // 2, calls // 4, calls // 4]))  # and while it is resumed
+    for out, events in plan:
+        for n, event in enumerate(events):
+            code, _ = in_a_child(*line("--resume", out=out, cache=f"cache-{out}"), event=event)
+            assert code == -signal.SIGKILL or n  # what is left may be shorter
+        assert train("--resume", out=out, cache=f"cache-{out}") == 0
+        same_run("whole", out)
+    assert "Traceback" not in capfd.readouterr().err
+
+@pytest.mark.parametrize("moment", ["write_bytes", "fsync", "replace", "unlink"])
+@pytest.mark.parametrize("name", ["last.pt", "best.pt", "log.csv"])
+def test_killed_while_it_writes_a_run_can_be_resumed(moment, name, monkeypatch):
+    """At each stage of `atomic`, half of the bytes are written."""
+    make_data()
+    assert train(out="whole") == 0
+    def die(path, *_):
+        path = os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else str(path)
+        if path.endswith(name):
+            seen.append(path)
+            if len(seen) == (1 if name == "best.pt" else 2):
+                if moment == "write_bytes":
+                    with open(path, "wb") as file:
+                        file.write(b"half")
+                os.kill(os.getpid(), signal.SIGKILL)
+    seen, where = [], os if moment == "fsync" else pathlib.Path
+    real = getattr(where, moment)
+    with monkeypatch.context() as patch:
+        patch.setattr(where, moment, lambda path, *more: die(path) or real(path, *more))
+        code, _ = in_a_child(*line())
+    assert code == (0 if (name, moment) == ("log.csv", "write_bytes") else -signal.SIGKILL) or (
+        moment == "unlink" and code == 0)
+    assert train("--resume") == 0
+    same_run("whole", "run")
+
+def test_a_full_disk_loses_no_earlier_checkpoint(capfd):
+    make_data()
+    assert train(out="whole") == 0 == train(out="run", epochs=1)
+    with open("run/last.pt", "rb") as file:
+        before = file.read()
+    capfd.readouterr()
+    code, _ = in_a_child(*line("--resume"), limit=len(before) // 2)
+    error, = capfd.readouterr().err.splitlines()
+    assert code == 2 and "last.pt" in error and not [f for f in os.listdir("run") if "-" in f]
+    with open("run/last.pt", "rb") as file:
+        assert file.read() == before
+    assert train("--resume") == 0
+    write("in/c0.nii", np.random.default_rng(0).integers(-90, 200, (64, 64, 64), np.int16))
+    code, _ = in_a_child("predict", "run/best.pt", "in", "out", limit=2000)
+    assert code == 2 and not os.listdir("out")
+    assert "out/c0.nii.gz: cannot be written" in capfd.readouterr().err
+
+def test_a_run_folder_has_one_user(capsys):
+    make_data()
+    with cps.only_user_of(pathlib.Path("run")):
+        assert train() == 2 and "run: another run" in capsys.readouterr().err
+    assert train() == 0
+    assert train("--resume") == 0
+
+def test_the_same_scan_in_two_places_is_a_leak(capsys):
+    make_data()
+    shutil.copy("data/imagesTr/c1.nii.gz", "data/imagesUn/again.nii.gz")
+    assert train() == 2
+    error = capsys.readouterr().err
+    assert "again.nii.gz" in error and "c1.nii.gz" in error and not os.path.exists("run")
+
+def test_lack_of_memory_is_one_sentence_and_a_defect_is_a_traceback(monkeypatch, capsys):
+    make_data()
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+                  RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")):
+        def fail(*_, error=error):
+            raise error
+        monkeypatch.setattr(cps, "train_step", fail)
+        assert train("--resume") == 2
+        error, = capsys.readouterr().err.splitlines()
+        assert "--patch" in error and "--batch" in error and "--base-channels" in error
+    def fail(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(cps, "train_step", fail)
+    with pytest.raises(RuntimeError):
+        train("--resume")
 
 def test_paper_preset_is_the_paper(monkeypatch, capsys):
     want = {"patch": (160, 160, 96), "clip": (-68.0, 200.0), "batch": 2, "momentum": 0.99,
@@ -793,6 +932,128 @@ def test_bad_input_gets_one_line_and_exit_code_2(line, word, trained, capsys):
     error, = capsys.readouterr().err.splitlines()
     assert error.startswith("error: ") and word.strip("-") in error
     assert not {"owned", "out", "run"} & {*os.listdir()}  # nothing was run or begun
+
+def nifti(array, affine=None, kind=nib.Nifti1Image, **header):
+    """Bytes of a NIfTI file, fields of its header set as nibabel would never do by itself."""
+    image = kind(array, np.diag((*MM, 1)) if affine is None else affine, dtype=array.dtype)
+    head, data = image.header, array.astype(array.dtype, order="F").tobytes("F")
+    head["vox_offset"] = head.single_vox_offset
+    for key, value in header.items():
+        head[key] = value
+    gap = bytes(int(head.single_vox_offset) - len(head.binaryblock))
+    return head.binaryblock + gap + data
+
+def dims(*numbers):
+    return {"dim": [*numbers, *[1] * (8 - len(numbers))]}
+
+SCAN, TILT = phantom(0)[0], np.diag((*MM, 1)) + 0.02 * np.eye(4, k=1)
+FLAT = {"sform_code": 0, "qform_code": 0}  # the spacing is that of pixdim alone
+RGB = np.zeros(SHAPE, [("R", "u1"), ("G", "u1"), ("B", "u1")])
+FINE = {  # name: bytes that must simply work
+    **{f"{np.dtype(kind)}.nii": nifti(SCAN.astype(kind)) for kind in (
+        "u2", "i4", "f4", "f8", "u1", "i8", "u8")},
+    "big endian.nii": nib.Nifti1Image(SCAN, np.eye(4)).header.as_byteswapped(">").binaryblock
+    + bytes(4) + SCAN.astype(">i2").tobytes("F"),
+    "slope.nii": nifti(SCAN, scl_slope=2, scl_inter=-100), "slope0.nii": nifti(SCAN, scl_slope=0),
+    "slope nan.nii": nifti(SCAN, scl_slope=np.nan, scl_inter=np.nan),
+    "two forms.nii": nifti(SCAN, qform_code=1, sform_code=2, qoffset_x=99, quatern_b=0.3),
+    "sheared.nii": nifti(SCAN, TILT), "no form.nii": nifti(SCAN, **FLAT),
+    "nifti2.nii": nifti(SCAN, kind=nib.Nifti2Image), "Ä space (1) 心.nii": nifti(SCAN),
+    "4d of one.nii": nifti(SCAN[..., None]), "zipped.nii.gz": gzip.compress(nifti(SCAN)),
+    "less than the patch.nii": nifti(SCAN[:3, :5, :2]), "one voxel thick.nii": nifti(SCAN[:, :1]),
+    "two voxels.nii": nifti(SCAN[8:10, 7:8, 5:6]), "trailing.nii": nifti(SCAN) + b"more",
+    "thin.nii": nifti(SCAN, **FLAT, pixdim=[1] + [0] * 7),  # nibabel takes it for 1 mm
+    "sum.nii.gz": gzip.compress(nifti(SCAN))[:-8] + bytes(8),  # nor does it read the checksum
+    "unit.nii": nifti(SCAN, xyzt_units=1), "window.nii": nifti(SCAN, cal_min=1, cal_max=0)}
+BROKEN = {  # name: bytes that must be refused in one sentence
+    "zero.nii": nifti(SCAN, **dims(3, 0, 14, 10)), "minus.nii": nifti(SCAN, **dims(3, -4, 14, 10)),
+    "vast.nii": nifti(SCAN, **dims(3, 32767, 32767, 32767)), "rank.nii": nifti(SCAN, **dims(9, 4)),
+    "vast.nii.gz": gzip.compress(nifti(SCAN, **dims(7, *[32767] * 7))),
+    "magic.nii": nifti(SCAN, magic=b"no!"), "kind.nii": nifti(SCAN, datatype=7),
+    "complex.nii": nifti(SCAN.astype("c8")), "rgb.nii": nifti(RGB), "cut.nii": nifti(SCAN)[:999],
+    "head.nii": nifti(SCAN)[:100], "0.nii": b"", "0.nii.gz": b"", "text.nii": b"a scan" * 99,
+    "no gzip.nii.gz": nifti(SCAN)[3:], "cut.nii.gz": gzip.compress(nifti(SCAN))[:500],
+    "2d.nii": nifti(SCAN[0]), "4d.nii": nifti(np.stack([SCAN] * 2, 3)),
+    "void.nii": nifti(SCAN, vox_offset=1e9),
+    "wide.nii": nifti(SCAN, **FLAT, pixdim=[1, 1e9, 1, 1, 0, 0, 0, 0]),
+    "plane.nii": nifti(SCAN, srow_y=[0] * 4), "flat.nii": nifti(SCAN * 0),
+    "nowhere.nii": nifti(SCAN, srow_x=[np.nan] * 4), "air.nii": nifti(SCAN - 30000),
+    "slope inf.nii": nifti(SCAN, scl_slope=1e38, scl_inter=3e38),
+    "nan.nii": nifti(np.where(SCAN > 90, np.nan, SCAN).astype("f4")),
+    "inf.nii": nifti(np.where(SCAN > 90, np.inf, SCAN).astype("f8"))}
+PATHS = {  # name: what makes it
+    "loop.nii": lambda p: os.symlink(p, p), "gone.nii": lambda p: os.symlink("nobody", p),
+    "folder.nii.gz": os.mkdir, "pipe.nii": os.mkfifo}
+
+@pytest.mark.parametrize("name", [*FINE, *BROKEN, *PATHS])
+def test_predict_answers_any_file_with_a_segmentation_or_one_sentence(name, trained, capfd):
+    with suppress(KeyError), open(name, "wb") as file:
+        file.write((FINE | BROKEN)[name])
+    if name in PATHS:
+        with suppress(FileNotFoundError):
+            os.remove(name)
+        PATHS[name](name)
+    code = cps.main(["predict", f"{trained}/native/best.pt", name, "out"])
+    errors = capfd.readouterr().err.splitlines()
+    if name in FINE:
+        assert code == 0 and not errors
+        scan, out = nib.load(name), nib.load(f"out/{name.split('.nii')[0]}.nii.gz")
+        assert out.shape == scan.shape and np.array_equal(out.affine, scan.affine)
+        assert np.asarray(out.dataobj).max() <= IDS[-1]
+    else:
+        assert code == 2 and len(errors) == 1 and errors[0].startswith(f"error: {name}")
+        assert not os.path.exists("out") or not os.listdir("out")
+
+def test_predict_answers_a_file_that_nobody_may_read(trained, capsys, monkeypatch):
+    write("in/secret.nii", SCAN)
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", "in/secret.nii")
+    monkeypatch.setattr(nib, "load", refuse)  # the tests may run as root
+    assert cps.main(["predict", f"{trained}/native/best.pt", "in/secret.nii", "out"]) == 2
+    error, = capsys.readouterr().err.splitlines()
+    assert "in/secret.nii" in error and "Permission denied" in error
+
+LABELS = [("i2", 65535 - 2**16, 2), ("u2", 65535, 2), ("u2", 256, 2), ("f4", 0.9999, 0),
+          ("f4", 1.5, 2), ("f4", np.nan, 2), ("i4", -1, 2), ("f8", 255.0, 0), ("u1", 0, 0)]
+
+@pytest.mark.parametrize("kind, value, code", LABELS)
+def test_labels_are_whole_numbers_from_0_to_255(kind, value, code, capsys):
+    label = np.ones(SHAPE, kind)
+    label[5:9, 5:9] = value
+    write("in/label.nii", label)
+    assert cps.main(["evaluate", "in/label.nii", "in/label.nii"]) == code
+    assert len(capsys.readouterr().err.splitlines()) == (code > 0)
+
+def mangled(content, rng):
+    """A checkpoint cut at a random byte, and one in which random bytes are other ones."""
+    spoiled = bytearray(content)
+    for place in rng.integers(0, len(content), 20):
+        spoiled[place] ^= rng.integers(1, 256)
+    return content[:rng.integers(len(content))], bytes(spoiled)
+
+def test_damaged_checkpoints_are_refused(trained, capsys):
+    write("in/scan.nii", SCAN)
+    with open(f"{trained}/native/best.pt", "rb") as file:
+        content, rng = file.read(), np.random.default_rng(0)
+    state = torch.load(f"{trained}/native/best.pt", weights_only=True)
+    cases = [part for _ in range(15) for part in mangled(content, rng)]
+    for change in ({"config": {"colour": 1}}, {"parts": []}, {"ids": [1, 2, 3]}, {"ids": None},
+                   {"config": state["config"] | {"levels": 3}}, {"config": None}, {"step": 1}):
+        torch.save(state | change, file := io.BytesIO())
+        cases.append(file.getvalue())
+    for case in cases[:-1]:
+        with open("bad.pt", "wb") as file:
+            file.write(case)
+        assert cps.main(["predict", "bad.pt", "in/scan.nii", "out"]) == 2
+        error, = capsys.readouterr().err.splitlines()
+        assert error.startswith("error: bad.pt: ")
+    os.mkdir("empty")
+    for path in ("empty", "nowhere.pt"):
+        assert cps.main(["predict", path, "in/scan.nii", "out"]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {path}")
+    with open("bad.pt", "wb") as file:  # the last one is whole
+        file.write(cases[-1])
+    assert cps.main(["predict", "bad.pt", "in/scan.nii", "out"]) == 0
 
 @pytest.mark.parametrize("bad, part", [("small", "labels"), ("half", "labels"), ("minus", "labels"),
                                        ("nan", "images"), ("4d", "images"), ("text", "images")])
