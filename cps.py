@@ -122,7 +122,7 @@ class Config:
     grad_clip: float = 12.0  # largest norm of a network's gradient; 0: no limit [nnU-Net]
     validate_epochs: int = 10  # validate every so many epochs, and after the last [ours]
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU if there is one
-    amp: Literal["bf16", "fp16", "off"] = "bf16"  # mixed precision on a GPU; fp16 if it has no bf16
+    amp: bool = True  # mixed precision on a GPU: bf16, or fp16 if it has no bf16
     workers: int = 8  # loader processes for a GPU; on a CPU there are none
     cache: str = "runs/.cache"  # folder of preprocessed volumes; may be deleted
     def __post_init__(self):
@@ -446,17 +446,14 @@ def for_each(what, items, one, threads=1):
 def prepare(split, config):
     """The split, all its cases checked and cached; the problems of all are reported in one go."""
     def one(name, case):
-        done[name] = prepare_case(case, config)
-        if case.label and not len(np.load(done[name].arrays[2])):
+        done[name] = case = prepare_case(case, config)
+        twin = seen.setdefault(case.checksum, case.image)  # on both sides of a split it is a leak
+        need(twin == case.image, f"{case.image}: has the same voxels as {twin}; remove one of them")
+        if case.label and not len(np.load(case.arrays[2])):
             print(f"warning: {case.label}: no voxel is labelled", file=sys.stderr)
-    done, cases = {}, {case.name: case for part in split.values() for case in part}
+    done, seen, cases = {}, {}, {case.name: case for part in split.values() for case in part}
     what = ", ".join(f"{len(part)} {name}" for name, part in split.items())
     code = for_each(f"preparing {what}", cases, one, threads=min(4, os.cpu_count() or 1))
-    seen = {}  # the same scan on both sides of a split is a leak
-    for case in done.values():
-        if (twin := seen.setdefault(case.checksum, case)) is not case:
-            print(f"error: {case.image}: same voxels as {twin.image}; remove one", file=sys.stderr)
-            code = 1
     need(not code, f"{config.data}: some cases cannot be used, see above; mend or remove them")
     return {part: [done[case.name] for case in cases] for part, cases in split.items()}
 
@@ -470,9 +467,8 @@ def progress(what, done, total, start):
 # name, centre and radii in half body widths (x right, y front, z up), HU. The kidneys are one shape
 # and one intensity: only what lies around them tells right from left. The first 4 get no label.
 ORGANS = (("fat", (0, 0, 0), (1, 0.9, 4), -90), ("muscle", (0, 0, 0), (0.9, 0.8, 4), 45),
-          ("spine", (0, -0.6, 0), (0.16, 0.18, 3), 350),
-          ("stomach", (-0.3, 0.42, 0.35), (0.3, 0.28, 0.36), 70),
-          ("liver", (0.42, 0.16, 0.42), (0.42, 0.5, 0.5), 110),
+          ("spine", (0, -0.6, 0), (0.16, 0.18, 3), 350), ("stomach", (-0.3, 0.42, 0.35),
+          (0.3, 0.28, 0.36), 70), ("liver", (0.42, 0.16, 0.42), (0.42, 0.5, 0.5), 110),
           ("spleen", (-0.58, -0.14, 0.42), (0.26, 0.34, 0.42), 130),
           ("right kidney", (0.4, -0.34, -0.5), (0.24, 0.24, 0.4), 170),
           ("left kidney", (-0.4, -0.34, -0.5), (0.24, 0.24, 0.4), 170),
@@ -658,10 +654,9 @@ class Run:
         self.optimisers = [torch.optim.SGD(n.parameters(), config.lr, config.momentum,
                                            weight_decay=config.weight_decay, nesterov=True)
                            for n in self.networks]
-        amp, fp16 = gpu and config.amp != "off", gpu and not torch.cuda.is_bf16_supported()
-        fp16 = fp16 or config.amp == "fp16"  # it underflows: only it needs the scaler
-        self.autocast = torch.autocast(self.device.type, [torch.bfloat16, torch.float16][fp16], amp)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp and fp16)
+        amp, bf16 = gpu and config.amp, gpu and torch.cuda.is_bf16_supported()
+        self.autocast = torch.autocast(self.device.type, [torch.float16, torch.bfloat16][bf16], amp)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp and not bf16)  # fp16 needs
         self.step, self.best, self.rows = 0, -1.0, []  # rows: those of log.csv
         self.sums, self.counted = torch.zeros(4, device=self.device), 0  # since the last row
     def save(self, name):
