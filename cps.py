@@ -41,14 +41,14 @@ import itertools
 import json
 import os
 import re
-import shutil
 import signal
+import sqlite3
 import sys
 import time
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from math import ceil, inf, nan
@@ -73,18 +73,21 @@ def need(holds, sentence):
     if not holds:
         raise UserError(sentence)
 
-@contextmanager
-def user_errors():
-    """Make a UserError of what the system refuses; a defect of this program keeps its traceback."""
+def attempt(function, *args):
+    """Call a function. Of what the user can mend print one sentence and return 2, the exit code; a
+    defect of this program keeps its traceback."""
     try:
-        yield
+        return function(*args)
+    except UserError as error:
+        sentence = error
     except OSError as error:
-        raise UserError(f"{error.filename or 'file'}: {error.strerror or error}") from error
+        sentence = f"{error.filename or 'a file'}: {error.strerror or error}"
     except (MemoryError, RuntimeError) as error:  # torch has no type of its own for it on a CPU
-        lack = re.search("out of memory|not enough memory|allocate", str(error)[:200])
-        need(not lack and type(error) is not MemoryError, "out of memory; lower --patch, --batch "
-             "or --base-channels of the training, or take a machine with more")
-        raise
+        if not re.search("^$|out of memory|not enough memory|allocate", str(error)[:200]):
+            raise
+        sentence = "out of memory; lower --patch, --batch or --base-channels of the training"
+    print(f"error: {sentence}", file=sys.stderr)
+    return 2
 
 @dataclass(frozen=True)
 class Config:
@@ -128,16 +131,14 @@ class Config:
     def __post_init__(self):
         """Refuse impossible values in one sentence, before any work is done."""
         stride, gpu = 2 ** (self.levels - 1), "cuda" in self.device and torch.cuda.is_available()
-        wanted = {
+        wanted = {name: 0 < getattr(self, name) < 1 or "between 0 and 1"
+                  for name in ("momentum", "min_overlap")} | {
             "patch": len(self.patch) == 3 and all(p > 0 and p % stride == 0 for p in self.patch)
             and max(self.patch) > stride or f"3 multiples of {stride}, not all {stride}",
             "clip": len(self.clip) in (0, 2) and [*self.clip] == sorted({*self.clip})
             and abs(sum(self.clip)) < inf or "LOW HIGH, or auto",
             "spacing": len(self.spacing) in (0, 3) and all(0.01 <= s <= 100 for s in self.spacing)
-            or "X Y Z in mm, or native",
-            "mirror": {*self.mirror} <= {*"xyz"} or "some of x, y and z",
-            "momentum": 0 < self.momentum < 1 or "between 0 and 1",
-            "min_overlap": 0 < self.min_overlap < 1 or "between 0 and 1",
+            or "X Y Z in mm, or native", "mirror": {*self.mirror} <= {*"xyz"} or "some of x, y, z",
             "device": self.device in ("auto", "cpu") or gpu or "cpu, or a GPU that is there"}
         for name, value in vars(self).items():
             low = self.__annotations__[name] is int and name not in ("labelled", "seed", "workers")
@@ -157,9 +158,8 @@ def overlapping_corners(rng, shape, patch, min_overlap):
     """Draw the corners of two patches of one volume that share at least `min_overlap` of a patch.
     rng: numpy Generator; shape, patch: voxels, an entry an axis. Returns two int arrays within
     [0, shape - patch]; both are 0 on an axis where the volume is smaller: they are padded alike.
-    They share r = prod(1 - |d_a| / P_a), d the offset. Rejection would hardly ever end in 3D; so in
-    random order each axis spends of the budget what is left. r < 1 wherever there is room for one
-    voxel's shift: r = 1 is plain CPS, without other context. Source: ours."""
+    They share r = prod(1 - |d_a| / P_a), d the offset. Rejection would hardly ever end in 3D: in
+    random order each axis spends what is left. r = 1, plain CPS, only without room. [ours]"""
     patch = np.asarray(patch)
     room = np.maximum(np.asarray(shape) - patch, 0)  # for the corner, on each axis
     corner1 = rng.integers(0, room + 1)  # anywhere in the volume
@@ -190,9 +190,8 @@ def pseudo_label(logits):
 def cross_pseudo_loss(logits_a, logits_b, valid=None, dice=True):
     """L_cps: each network learns the other's hard label on the voxels that both see.
     logits_a, logits_b: (B, K, x, y, z), both cut to the overlap. valid: bool (B, x, y, z), False
-    for padding, which must not be learned as background. dice: l is Dice + CE, else CE. Returns a
-    scalar; its gradient reaches A through the first term and B through the second, never through a
-    target. Source: CPS, with the paper's Dice + CE (section 3)."""
+    for padding, which must not be learned as background. dice: l is Dice + CE, else CE. A scalar;
+    no gradient goes through a target. Source: CPS, with the paper's Dice + CE (section 3)."""
     label_a, label_b = pseudo_label(logits_a), pseudo_label(logits_b)  # (B, x, y, z), no gradient
     if valid is not None:
         label_a, label_b = label_a.masked_fill(~valid, -1), label_b.masked_fill(~valid, -1)
@@ -207,9 +206,8 @@ def rampup(step, length):
 def dice_ce_loss(logits, target, ignore_index=-1, dice=True):
     """Soft Dice loss + cross-entropy, for true and for pseudo labels; dice=False: cross-entropy.
     logits: (B, K, x, y, z); target: int64 (B, x, y, z), 0..K-1, or `ignore_index` for voxels that
-    count in neither part. Returns a scalar, 0 where all is ignored (a plain mean would be NaN).
-    Dice is per patch and foreground class, then averaged: B patches in one process and one in each
-    of B processes have the same gradient. Source: paper; the form is nnU-Net's."""
+    count in neither part. Returns a scalar, 0 where all is ignored (a plain mean: NaN). Dice is per
+    patch and class: B processes with a patch each learn as one with B does. [paper, nnU-Net]"""
     valid = target != ignore_index  # (B, x, y, z)
     target = target.masked_fill(~valid, 0)[:, None]  # (B, 1, x, y, z)
     log_prob = logits.float().log_softmax(dim=1)  # (B, K, x, y, z); half precision would spoil it
@@ -226,9 +224,8 @@ def dice_ce_loss(logits, target, ignore_index=-1, dice=True):
 
 # 4. The network ===================================================================================
 class Block(nn.Sequential):
-    """Two times 3x3x3 convolution, instance norm, LeakyReLU [nnU-Net]; C_in to C_out channels.
-    GroupNorm with a group a channel is an affine InstanceNorm, but keeps the channels-last layout,
-    where InstanceNorm3d copies. The norm would undo a bias: there is none."""
+    """Two times 3x3x3 convolution (no bias: the norm undoes it), instance norm, LeakyReLU.
+    GroupNorm of single channels is an affine InstanceNorm that keeps channels-last. [nnU-Net]"""
     def __init__(self, c_in, c_out, stride=1):
         layers = []
         for c, s in ((c_in, stride), (c_out, 1)):
@@ -238,8 +235,7 @@ class Block(nn.Sequential):
 
 class UNet3D(nn.Module):
     """Plain 3D U-Net: (B, C, X, Y, Z), sizes divisible by 2^(levels-1), to logits (B, K, X, Y, Z).
-    Channels base, 2 base, 4 base ... at most 320; strided convolutions down, transposed ones up.
-    Source: nnU-Net without its deep supervision; the paper does not describe its U-Net further."""
+    Strided convolutions down, transposed ones up. Source: nnU-Net, without deep supervision."""
     def __init__(self, num_classes, base_channels, levels, in_channels=1):
         super().__init__()
         ch = [min(base_channels * 2**i, 320) for i in range(levels)]  # 32, 64, 128, 256, 320
@@ -258,9 +254,8 @@ class UNet3D(nn.Module):
         return self.head(x)
 
 def make_pair(config, num_classes):
-    """Networks A and B: one structure, two different draws of the weights, biases 0.
-    With one seed for both they would always agree and teach each other nothing; `train` logs how
-    far they agree before the first step. Source: paper, Table 2 and abstract."""
+    """Networks A and B: one structure, two draws of the weights, biases 0 [paper]. From one seed
+    they would always agree and teach each other nothing; `train` logs how far they do at first."""
     networks, draws = [], {"he": nn.init.kaiming_normal_, "xavier": nn.init.xavier_normal_}
     with torch.random.fork_rng(devices=[]):  # leaves the caller's generator alone
         for which, scheme in enumerate(("he", config.init_b)):
@@ -280,8 +275,7 @@ class Case(NamedTuple):
     image: Path
     label: Path | None = None  # None where there is none, or where training must not read it
     arrays: tuple = ()  # .npy files, once prepared: image, and of a labelled case label and points
-    spacing: tuple = ()  # x y z in mm, once prepared
-    checksum: float = 0.0  # of the prepared image
+    facts: tuple = ()  # once prepared: spacing x, y, z in mm, and a checksum of the image
 
 @contextmanager
 def atomic(path):
@@ -305,13 +299,11 @@ def atomic(path):
 def only_user_of(folder):
     """Keep other processes out of a run folder. The lock goes with the process, even by kill -9."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        with suppress(ImportError):  # Windows has no flock: there a second run goes unnoticed
-            import fcntl
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"{folder}: another run is at work here; change --out") from error
+    with closing(sqlite3.connect(folder / ".lock", timeout=0)) as lock:  # on any system alike
+        try:
+            lock.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError as error:
+            raise UserError(f"{folder}: in use by another run, {error}; change --out") from error
         yield
 
 def list_scans(path):
@@ -332,9 +324,8 @@ def split_cases(config):
     root = Path(config.data)
     images, labels = list_scans(root / "imagesTr"), list_scans(root / "labelsTr")
     for folder in [*filter(Path.is_dir, [root / "imagesUn"]), *config.unlabelled]:
-        more = list_scans(folder)
-        twice = sorted(more.keys() & images.keys())
-        need(not twice, f"{folder}: {twice[:1]} is a case of {root} too; rename or remove one")
+        twice = images.keys() & (more := list_scans(folder)).keys()
+        need(not twice, f"{folder}: has {min(twice, default='')} of {root} again; remove one")
         images |= more
     orphans = sorted(labels.keys() - images.keys())
     need(not orphans, f"{root}/labelsTr: no image in imagesTr for {orphans[:5]}; add or remove")
@@ -386,14 +377,13 @@ def resample(volume, shape, is_label=False):
     return F.interpolate(torch.from_numpy(volume)[None, None], tuple(shape), **mode)[0, 0].numpy()
 
 def preprocess(volume, spacing, config, path):
-    """Resample, clip, z-score, partly in place: float32 (X, Y, Z) for the networks.
-    The clip comes first, so that no implant or table decides mean and sd. Source: paper; that the
-    z-score is over one volume is ours. Raises UserError for a constant volume."""
+    """Clip, resample, z-score of a volume [paper, scope ours], in place if it can: float32.
+    The clip is first: no implant bleeds into its neighbours or decides mean and sd."""
+    low, high = config.clip or np.percentile(volume, (0.5, 99.5))
+    np.clip(volume, low, high, out=volume)
     if config.spacing:
         size = np.multiply(volume.shape, spacing) / config.spacing
         volume = resample(volume, [max(1, round(n)) for n in size])
-    low, high = config.clip or np.percentile(volume, (0.5, 99.5))
-    np.clip(volume, low, high, out=volume)  # first the clip, then mean and sd
     std, mean = torch.std_mean(torch.from_numpy(volume))
     need(std > 1e-6, f"{path}: constant from {low:g} to {high:g}; set --clip or remove it")
     return torch.from_numpy(volume).sub_(mean).div_(std).numpy()
@@ -424,30 +414,25 @@ def prepare_case(case, config):
         for path, array in zip(paths, [*arrays, facts]):
             with atomic(path) as temporary, open(temporary, "wb") as file:
                 np.save(file, array)
-    return case._replace(arrays=paths[:-1], spacing=(*facts[:3].tolist(),), checksum=facts[3])
+    return case._replace(arrays=tuple(paths[:-1]), facts=tuple(facts.tolist()))
 
 def for_each(what, items, one, threads=1):
     """Call one(name, item) for all items and report bad ones: exit code 1 if some are, 2 if all."""
-    def attempt(pair):
-        try:
-            with user_errors():
-                one(*pair)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            failed.append(pair)
-    failed, start = [], time.monotonic()
+    bad, start = 0, time.monotonic()
     with ThreadPoolExecutor(threads) as pool:
-        for i, _ in enumerate((pool.map if threads > 1 else map)(attempt, items.items()), 1):
+        codes = (pool.map if threads > 1 else map)(lambda pair: attempt(one, *pair), items.items())
+        for i, code in enumerate(codes, 1):
+            bad += code == 2
             progress(what, i, len(items), start)
-    good, seconds = len(items) - len(failed), time.monotonic() - start
-    print(f"{what}: {good} of {len(items)} cases done in {seconds:.1f} s", flush=True)
-    return 0 if not failed else 2 if len(failed) == len(items) else 1
+    seconds = time.monotonic() - start
+    print(f"{what}: {len(items) - bad} of {len(items)} cases done in {seconds:.1f} s", flush=True)
+    return 0 if not bad else 2 if bad == len(items) else 1
 
 def prepare(split, config):
     """The split, all its cases checked and cached; the problems of all are reported in one go."""
     def one(name, case):
         done[name] = case = prepare_case(case, config)
-        twin = seen.setdefault(case.checksum, case.image)  # on both sides of a split it is a leak
+        twin = seen.setdefault(case.facts[3], case.image)  # on both sides of a split it is a leak
         need(twin == case.image, f"{case.image}: has the same voxels as {twin}; remove one of them")
         if case.label and not len(np.load(case.arrays[2])):
             print(f"warning: {case.label}: no voxel is labelled", file=sys.stderr)
@@ -491,22 +476,16 @@ def phantom_volume(rng, shape=(48, 48, 40)):
     return image + rng.normal(0, rng.uniform(10, 30), shape), label
 
 def make_phantom(folder):
-    """Write the phantom as NIfTI: 12 labelled cases (Tr), 24 unlabelled (Un), 4 to test (Ts); LPS
-    as of scanners, for nothing must work merely as arrays happen to be RAS+. Whole or not there."""
-    folder, build = Path(folder), Path(f"{folder}-{os.getpid()}")
+    """Write what is missing of the phantom: 12 labelled (Tr), 24 unlabelled (Un), 4 test cases (Ts);
+    in LPS, as scanners do: nothing must work merely as arrays happen to be RAS+."""
     for group, part, count in ((0, "Tr", 12), (1, "Un", 24), (2, "Ts", 4)):
-        for i in range(0 if folder.exists() else count):
-            image, label = phantom_volume(np.random.default_rng((group, i)))
-            files = (("images", "_0000", image), ("labels", "", label))
-            for kind, end, array in files[:1 if part == "Un" else 2]:
-                path = build / (kind + part) / f"phantom{part}{i:02}{end}.nii.gz"
-                path.parent.mkdir(parents=True, exist_ok=True)
+        for i, kind in itertools.product(range(count), ("labels", "images")[part == "Un":]):
+            path = Path(folder) / (kind + part) / f"phantom{part}{i:02}.nii.gz"
+            if not path.exists():
+                array = phantom_volume(np.random.default_rng((group, i)))[kind == "labels"]
                 array = array[::-1, ::-1].round().astype(np.int16)
-                nib.save(nib.Nifti1Image(array, np.diag((-6.0, -6.0, 6.0, 1.0))), path)
-    if build.exists():
-        with suppress(OSError):  # another process was first
-            build.rename(folder)
-        shutil.rmtree(build, ignore_errors=True)
+                with atomic(path) as temporary:
+                    nib.save(nib.Nifti1Image(array, np.diag((-6.0, -6.0, 6.0, 1.0))), temporary)
 
 # 7. Patches: batch number i, from (seed, i) alone =================================================
 def read_box(volume, corner, shape, matrix=None, outside=0):
@@ -547,10 +526,9 @@ def augment(patch, rng, chance):
         small = [max(1, round(n * zoom)) for zoom in [rng.uniform(0.5, 1)] for n in patch.shape]
         patch = resample(resample(np.array(patch, np.float32), small, is_label=True), patch.shape)
     if gamma:
-        sign = -1 if rng.random() < 1 / 3 else 1  # inverted in one of three
-        low, high = (sign * patch).min(), (sign * patch).max() + 1e-6
-        patch = ((sign * patch - low) / (high - low)) ** rng.uniform(0.7, 1.5) * (high - low) + low
-        patch = sign * patch
+        patch = patch * (sign := -1 if rng.random() < 1 / 3 else 1)  # inverted in one of three
+        low, size = patch.min(), np.ptp(patch) + 1e-6
+        patch = sign * (((patch - low) / size) ** rng.uniform(0.7, 1.5) * size + low)
     return np.array(patch, dtype=np.float32)
 
 class Patches(torch.utils.data.Dataset):
@@ -589,7 +567,8 @@ class Patches(torch.utils.data.Dataset):
         low, high = np.min(corners, axis=0), np.max(corners, axis=0) + self.patch  # the box
         volume, *label = (np.load(path, mmap_mode="r") for path in case.arrays[:2])
         label = label[0] if label else np.broadcast_to(np.uint8(0), volume.shape)
-        matrix = spatial_matrix(rng, case.spacing) if rng.random() < self.config.spatial else None
+        turned = rng.random() < self.config.spatial
+        matrix = spatial_matrix(rng, case.facts[:3]) if turned else None
         axes = tuple("xyz".index(a) for a in self.config.mirror if rng.random() < 0.5)
         image, label = (np.flip(read_box(array, low, high - low, matrix, outside), axes)
                         for array, outside in ((volume, 0), (label, -1)))
@@ -658,10 +637,10 @@ class Run:
         self.autocast = torch.autocast(self.device.type, [torch.float16, torch.bfloat16][bf16], amp)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp and not bf16)  # fp16 needs
         self.step, self.best, self.rows = 0, -1.0, []  # rows: those of log.csv
-        self.sums, self.counted = torch.zeros(4, device=self.device), 0  # since the last row
+        self.sums = torch.zeros(4, device=self.device)  # of the epoch
     def save(self, name):
         """Write a checkpoint of tensors and plain values, which loads with weights_only."""
-        state = {k: getattr(self, k) for k in ("ids", "step", "best", "rows", "sums", "counted")}
+        state = {k: getattr(self, k) for k in ("ids", "step", "best", "rows", "sums")}
         parts = [part.state_dict() for part in (*self.networks, *self.optimisers, self.scaler)]
         torch.save(state | {"config": asdict(self.config), "parts": parts}, file := io.BytesIO())
         with atomic(Path(self.config.out) / name) as temporary:  # torch hides that a disk is full
@@ -710,12 +689,11 @@ def train(config):
                     temporary.write_text(text, "utf-8")
             run.save("last.pt")
         train_loop(run, Patches(config, split, ids), split["val"])
-        part = "test" if split["test"] else "val"
+        part, ts = "test" if split["test"] else "val", Path(f"{config.data}/imagesTs").is_dir()
         results = validate(Run.load(best, device=config.device), split[part], tolerance=2.0)
-        print(f"\n{best}: mean Dice {run.best:.4f} on the {len(split['val'])} cases that chose it")
-        if results:
-            print(f"{len(results)} {part} cases:\n{table(results, '2 mm')}")
-        images = f"{config.data}/imagesT" + "rs"[Path(f"{config.data}/imagesTs").is_dir()]
+        print(f"\n{best}: mean Dice {run.best:.4f} on the {len(split['val'])} cases that chose it",
+              f"\n{len(results)} {part} cases:\n{table(results, '2 mm')}" if results else "")
+        images = f"{config.data}/imagesT{'rs'[ts]}"
         print(f"\nNext: python cps.py predict {best} {images} {out}/predictions")
         return {"best_dice": run.best, "checkpoint": best, "steps": run.step, "results": results}
 
@@ -744,7 +722,7 @@ def train_loop(run, patches, val):
                 optimiser.param_groups[0]["lr"] = lr
             run.sums += train_step(run.networks, run.optimisers, batch, lam, config, run.scaler,
                                    run.autocast)
-            run.step, run.counted = run.step + 1, run.counted + 1
+            run.step += 1
             progress("step", run.step - first, len(patches) - first, start)
             if run.step % config.epoch_steps == 0:
                 end_epoch(run, patches, val, lr, lam, start, run.step - first)
@@ -757,10 +735,10 @@ def train_loop(run, patches, val):
 
 def end_epoch(run, patches, val, lr, lam, start, steps):
     """Validate if it is time, log a row, write last.pt and, if this is the best, best.pt."""
-    config, dice, means = run.config, nan, (run.sums / run.counted).tolist()  # waits for a GPU
+    config, dice, means = run.config, nan, (run.sums / run.config.epoch_steps).tolist()  # waits
     epoch, seconds = run.step // config.epoch_steps, (time.monotonic() - start) / steps
     if not np.isfinite(means).all():
-        bad = range(run.step - run.counted, run.step)
+        bad = range(run.step - config.epoch_steps, run.step)
         names = sorted({name for step in bad for name in patches[step]["names"]})[:8]
         need(False, f"{config.out}: loss not finite from step {bad[0]} on, {names}; lower --lr")
     if epoch % config.validate_epochs == 0 or epoch == config.epochs:
@@ -768,7 +746,7 @@ def end_epoch(run, patches, val, lr, lam, start, steps):
         dice = float(np.mean(scores)) if scores else nan
     means[1:] = means[1:] if config.method != "supervised" else [nan] * 3
     run.rows.append((run.step, lr, lam, *means, dice, seconds))
-    run.sums, run.counted = torch.zeros_like(run.sums), 0
+    run.sums.zero_()
     names = "step,lr,lam,loss_sup,loss_cps,agreement,foreground,dice,seconds"
     with atomic(Path(config.out) / "log.csv") as temporary:  # all rows anew: no gap, no double
         np.savetxt(temporary, run.rows, "%.6g", ",", header=names, comments="")
@@ -786,7 +764,7 @@ def validate(run, cases, tolerance=None):
     for case in cases:
         image, label, _ = (np.load(path, mmap_mode="r") for path in case.arrays)
         found = np.array([0, *run.ids])[segment(run, image)]
-        results[case.name] = evaluate_case(found, label, case.spacing, run.ids, tolerance)
+        results[case.name] = evaluate_case(found, label, case.facts[:3], run.ids, tolerance)
     return results
 
 # 9. Inference =====================================================================================
@@ -907,9 +885,8 @@ def dice(pred, ref):
 
 def surface_dice(pred, ref, spacing, tolerance):
     """Surface Dice (NSD) of two bool arrays (X, Y, Z): the share of the area of both surfaces that
-    lies within `tolerance` mm of the other one. spacing in mm, in array order.
-    1 if both are empty, 0 if one is. The box around both is enough, and is what makes it fast.
-    Source: google-deepmind/surface-distance, which FLARE22 uses."""
+    lies within `tolerance` mm of the other one; 1 if both are empty, 0 if one is. spacing in mm, in
+    array order. The box around both is enough. Source: google-deepmind/surface-distance."""
     if not pred.any() or not ref.any():
         return float(pred.any() == ref.any())
     box = ndimage.find_objects((pred | ref).view(np.uint8))[0]
@@ -940,7 +917,7 @@ def evaluate_case(pred, ref, spacing, labels, tolerances=None, flare22=False):
         if flare22 and label in (5, 6, 10):
             z = found[1][2]  # slices of the reference
             box[2] = slice(z.start, max(z.stop - 1, z.start + 1))
-        p, r = pred[tuple(box)] == label, ref[tuple(box)] == label
+        p, r = (a[tuple(box)] == label for a in (pred, ref))
         dsc, nsd = dice(p, r), nan
         if tolerances is not None:
             nsd = 0.0 if flare22 and dsc < 0.2 else surface_dice(p, r, spacing, tolerances[label])
@@ -971,12 +948,12 @@ def evaluate(
         pred = np.zeros_like(ref)
         if name in found:
             pred, *_ = read_scan(found[name], is_label=True, canonical=False, like=scan)
+        else:
+            print(f"warning: {name}: no prediction, counted as empty", file=sys.stderr)
         labels = [*FLARE22] if flare22 else [int(i) for i in np.union1d(pred, ref) if i] or [1]
         results[name] = evaluate_case(pred, ref, scan.header.get_zooms()[:3], labels,
                                       FLARE22 if flare22 else tolerance, flare22)
     code = for_each("evaluating", known, one)
-    for name in known.keys() - found.keys():
-        print(f"warning: {name}: no prediction, counted as empty", file=sys.stderr)
     ids = sorted(set().union(*results.values()))  # of a label in neither file: 1, 1
     results = {c: {i: scores.get(i, (1.0, 1.0)) for i in ids} for c, scores in results.items()}
     if results:
@@ -1029,15 +1006,13 @@ def main(argv=None):
         p = commands.add_parser(function.__name__, help=text, description=text, allow_abbrev=False)
         add_flags(p, Config if function is train else function)
         p.error = parser.error = lambda text: need(False, f"{text}; see cps.py [COMMAND] --help")
-    nib.imageglobals.logger.setLevel("CRITICAL")  # what is wrong with a scan, an error says
-    try:
+    def run():
         args = vars(parser.parse_args(argv))
         command = globals()[args.pop("command")]
-        with user_errors():
-            return train(config_from(**args)) and 0 if command is train else command(**args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return train(config_from(**args)) and 0 if command is train else command(**args)
+    nib.imageglobals.logger.setLevel("CRITICAL")  # what is wrong with a scan, an error says
+    try:
+        return attempt(run)
     except KeyboardInterrupt as error:
         print(f"\ninterrupted: {error}", file=sys.stderr)
         return 130

@@ -637,7 +637,7 @@ def test_a_full_disk_loses_no_earlier_checkpoint(capfd):
 def test_a_run_folder_has_one_user(capsys):
     make_data()
     with cps.only_user_of(pathlib.Path("run")):
-        assert train() == 2 and "run: another run" in capsys.readouterr().err
+        assert train() == 2 and "run: in use" in capsys.readouterr().err
     assert train() == 0
     assert train("--resume") == 0
 
