@@ -25,10 +25,9 @@ The loss of step t, with labelled patches (x, y) and two overlapping crops u1, u
 Shapes: B batch, C channels, K classes (0 is background), X Y Z voxels of a volume in RAS+ (x to the
 right, y to the front, z to the head), P patch, x y z voxels of a patch or of an overlap.
 
-Where the paper is silent, we chose: crops overlap by random offsets on all axes; A sees one, B the
-other, swapped each step; lam is ramped up; "different initialisation" is two draws of He-normal (or
---init-b xavier); an epoch is 250 steps (fits 96 h / 1000 epochs); augmentation is nnU-Net's, but no
-mirroring, as kidneys have sides; validation chooses the checkpoint; A predicts.
+Where the paper is silent: random overlaps on all axes; A and B swap crops each step; lam is ramped
+up; two draws of He-normal (or --init-b xavier); 250 steps an epoch (fits its 96 h); nnU-Net's
+augmentation, unmirrored, as kidneys have sides; validation chooses the checkpoint; A predicts.
 
 Contents: 1 Configuration, 2 The method, 3 Supervised loss, 4 The network, 5 Data, 6 Phantom,
 7 Patches, 8 Training, 9 Inference, 10 Evaluation, 12 Command line. Not for clinical use.
@@ -261,11 +260,11 @@ def make_pair(config, num_classes):
         for which, scheme in enumerate(("he", config.init_b)):
             torch.manual_seed(2 * config.seed + which)  # another seed for each: trap number one
             networks.append(UNet3D(num_classes, config.base_channels, config.levels))
-            for name, p in networks[-1].named_parameters():
+            for p in networks[-1].parameters():
                 if p.ndim == 5:  # of a convolution; LeakyReLU's slope 0.01 is next to none
                     draws[scheme](p)
-                elif name.endswith("bias"):
-                    nn.init.zeros_(p)
+            for layer in (*networks[-1].up, networks[-1].head):
+                nn.init.zeros_(layer.bias)
     return networks
 
 # 5. Data: NIfTI files in, memory-mapped arrays out ================================================
@@ -318,9 +317,8 @@ def list_scans(path):
     return scans
 
 def split_cases(config):
-    """Find the cases of config.data: {"labelled", "unlabelled", "val", "test"}, lists of Case.
-    The test cases are the same for every seed, so that no seed can be tuned on another's. Labelled
-    cases beyond --labelled N lose their label here: no later line can read it."""
+    """Find the cases of config.data: {"labelled", "unlabelled", "val", "test"}, lists of Case. What
+    is beyond --labelled N loses its label here: no later line can read it."""
     root = Path(config.data)
     images, labels = list_scans(root / "imagesTr"), list_scans(root / "labelsTr")
     for folder in [*filter(Path.is_dir, [root / "imagesUn"]), *config.unlabelled]:
@@ -329,7 +327,7 @@ def split_cases(config):
         images |= more
     orphans = sorted(labels.keys() - images.keys())
     need(not orphans, f"{root}/labelsTr: no image in imagesTr for {orphans[:5]}; add or remove")
-    known = np.random.default_rng(0).permutation(sorted(labels)).tolist()  # for all seeds alike
+    known = np.random.default_rng(0).permutation(sorted(labels)).tolist()  # as seeds share tests
     test, val = (round(n) if n >= 1 else ceil(n * len(known)) for n in (config.test, config.val))
     rest = np.random.default_rng((1, config.seed)).permutation(known[test:]).tolist()
     n = config.labelled or len(rest) - val  # 0: all that are left
@@ -476,8 +474,8 @@ def phantom_volume(rng, shape=(48, 48, 40)):
     return image + rng.normal(0, rng.uniform(10, 30), shape), label
 
 def make_phantom(folder):
-    """Write what is missing of the phantom: 12 labelled (Tr), 24 unlabelled (Un), 4 test cases (Ts);
-    in LPS, as scanners do: nothing must work merely as arrays happen to be RAS+."""
+    """Write what is missing of it: 12 labelled (Tr), 24 unlabelled (Un), 4 test cases (Ts), in LPS
+    as scanners do: nothing must work merely as arrays happen to be RAS+."""
     for group, part, count in ((0, "Tr", 12), (1, "Un", 24), (2, "Ts", 4)):
         for i, kind in itertools.product(range(count), ("labels", "images")[part == "Un":]):
             path = Path(folder) / (kind + part) / f"phantom{part}{i:02}.nii.gz"
@@ -534,14 +532,12 @@ def augment(patch, rng, chance):
 class Patches(torch.utils.data.Dataset):
     """Item i is the batch of step i, a dict. tensors: images for A and for B, (B + n, 1, *P), first
     B labelled patches, then n crops (n = B; 0 for `supervised`); target int64 (B, *P), classes or
-    -1 for padding; valid bool (n, *P), A's crop less padding. overlaps: n pairs of slices, into A's
-    crop and into B's. Patch g of step i comes from the generator (seed, i, g) alone, g counted over
-    all processes: resuming is exact, and the number of workers changes nothing. [ours]"""
+    -1 for padding; valid bool (n, *P), A's crop less padding. overlaps: n pairs of slices. Patch g,
+    counted over all processes, comes from the generator (seed, i, g) alone: resuming is exact."""
     def __init__(self, config, split, ids, rank=0):
         self.config, self.split, self.patch = config, split, np.array(config.patch)
         self.which = range(rank * config.batch, (rank + 1) * config.batch)  # patches g of this rank
-        self.class_of = np.zeros(256, np.int64)  # label id -> class
-        self.class_of[ids] = np.arange(1, len(ids) + 1)
+        self.class_of = np.searchsorted([0, *ids], range(256))  # label id -> class
     def __len__(self):
         return self.config.epochs * self.config.epoch_steps
     def __getitem__(self, step):
@@ -650,7 +646,7 @@ class Run:
         """The run of a checkpoint, some fields of its config changed. Code in it is not run."""
         try:
             with zipfile.ZipFile(path) as file:  # torch does not look at the checksums
-                need(not file.testzip(), f"{path}: damaged; take another checkpoint")
+                need(not file.testzip(), "it is damaged")
             state = torch.load(path, map_location="cpu", weights_only=True)  # no code of a pickle
             run = cls(Config(**state.pop("config") | changes), state["ids"])
             own = (*run.networks, *run.optimisers, run.scaler)
@@ -658,10 +654,9 @@ class Run:
                 part.load_state_dict(saved or part.state_dict())  # a scaler that was off has none
             vars(run).update(state, sums=state["sums"].to(run.device))
             return run
-        except (OSError, UserError):
-            raise
         except Exception as error:  # for a damaged file torch, zipfile and pickle raise many types
-            raise UserError(f"{path}: damaged, or no checkpoint of this program") from error
+            reason = str(error).split("\n")[0][:200] or type(error).__name__
+            raise UserError(f"{path}: is no sound checkpoint of this program, {reason}") from error
 
 def train(config):
     """Train a pair of networks. Returns {"best_dice", "checkpoint", "steps", "results"}: validation
@@ -772,14 +767,13 @@ def validate(run, cases, tolerance=None):
 def sliding_window(networks, volume, patch, num_classes, overlap=0.5, device="cpu", flips=((),)):
     """Segment a preprocessed volume of any size: float (X, Y, Z) to uint8 (X, Y, Z).
     A voxel gets the class of the largest Gaussian-weighted mean softmax over all windows, networks
-    and flips (sets of axes of (B, C, X, Y, Z) to mirror). Windows are spread evenly, the last ends
-    at the end; a smaller volume is padded at its end. Of the sums (their weights are alike for all
-    classes) only a slab exists, (K, patch length, two whole axes), along the axis where that is
-    smallest: what no later window can reach becomes uint8 and leaves. Source: ours."""
+    and flips (sets of axes of (B, C, X, Y, Z) to mirror). The last window ends at the end; there
+    a smaller volume is padded. Of the sums only a slab exists, (K, patch length, 2 whole axes)
+    on the axis that makes it smallest: what no later window reaches becomes uint8 and leaves."""
     shape = np.maximum(volume.shape, patch)  # with the padding
     axis = int(np.argmin(np.asarray(patch) / shape))
-    counts = [ceil((s - p) / (p * (1 - overlap))) + 1 for s, p in zip(shape, patch)]
-    starts = [np.linspace(0, s - p, n).round().astype(int) for s, p, n in zip(shape, patch, counts)]
+    steps = [max(1, int(p * (1 - overlap))) for p in patch]
+    starts = [[*range(0, s - p, step), s - p] for s, p, step in zip(shape, patch, steps)]
     firsts, starts[axis] = starts[axis], [0]  # along `axis`, corners are counted within the slab
     x, y, z = (np.exp(-0.5 * ((np.arange(p) - (p - 1) / 2) / (p / 8)) ** 2) for p in patch)
     weight = torch.tensor(np.einsum("x,y,z->xyz", x, y, z), dtype=torch.float32, device=device)
@@ -852,9 +846,8 @@ def predict(
 
 # 10. Evaluation ===================================================================================
 FLARE22 = {1: 5, 2: 3, 3: 3, 4: 5, 5: 2, 6: 2, 7: 2, 8: 2, 9: 2, 10: 3, 11: 5, 12: 7, 13: 3}  # mm
-# The surface at a voxel corner, by the code of its 2x2x2 voxels (weights 128, 64 ... 1 in C order):
-# normals of its triangles, |n| in eighths [google-deepmind/surface-distance]. Mirrors and turns of
-# the cube and the complement give the other codes: 13 rows hold the table of 256.
+# Normals in eighths of the triangles at a voxel corner, by the code of its 2x2x2 voxels (128 ... 1
+# in C order) [google-deepmind/surface-distance]; mirrors, turns, complement give all 256 codes.
 SURFELS = {1: ((1, 1, 1),), 3: ((2, 2, 0),) * 2, 6: ((1, 1, 1),) * 2, 24: ((1, 1, 1),) * 2,
            7: ((4, 0, 0), (2, 2, 2), (1, 1, 1)), 22: ((1, 1, 1),) * 3, 105: ((1, 1, 1),) * 4,
            25: ((0, 2, 2), (0, 2, 2), (1, 1, 1)), 23: ((1, 1, 1), (2, 2, 2)) * 2,
@@ -901,9 +894,9 @@ def surface_dice(pred, ref, spacing, tolerance):
 
 def evaluate_case(pred, ref, spacing, labels, tolerances=None, flare22=False):
     """{label: (Dice, NSD)} of two integer arrays (X, Y, Z); spacing in mm in array order.
-    tolerances in mm: one, or one for each label (sequence or dict); None: no NSD (NaN). flare22 as
-    the challenge's code: NSD is 0 below a Dice of 0.2; aorta, vena cava and esophagus count from
-    the reference's first slice to its last but one (its only one crashes that code); 4 digits."""
+    tolerances in mm: one, or one for each label (sequence or dict); None: no NSD (NaN). flare22, as
+    its code: NSD is 0 below a Dice of 0.2; aorta, vena cava, esophagus count from the reference's
+    first slice to its last but one (its only one crashes that code); 4 digits."""
     if tolerances is not None and not isinstance(tolerances, dict):
         tolerances = dict(zip(labels, np.broadcast_to(tolerances, len(labels))))
     boxes = [ndimage.find_objects(a.astype(np.uint8, copy=False), max(labels)) for a in (pred, ref)]
@@ -968,7 +961,7 @@ def evaluate(
 def add_flags(parser, target):
     """One flag for each parameter of a function or field of Config: its type is the annotation, its
     help the comment behind it, which cannot rot; without a default it is positional."""
-    def number(word):
+    def number(word):  # a word instead of numbers, auto or native, is an empty tuple
         return None if word in ("auto", "native") else float(word)
     comments = dict(re.findall(r"^ +(\w+): .*?  # (.*)$", inspect.getsource(target), re.MULTILINE))
     for name, p in inspect.signature(target).parameters.items():
@@ -978,7 +971,7 @@ def add_flags(parser, target):
             options = {"action": argparse.BooleanOptionalAction}
         elif kind is Literal:
             options = {"choices": items}
-        elif kind is tuple:  # a word instead of numbers, auto or native, is an empty tuple
+        elif kind is tuple:
             options = {"type": number if items[0] is float else items[0], "nargs": "+"}
         if p.default is not p.empty:
             options |= {"nargs": "?"} if name == "data" else {"default": argparse.SUPPRESS}
@@ -987,8 +980,8 @@ def add_flags(parser, target):
 
 def config_from(data=None, preset=None, **given):
     """Config of flags on top of a preset; without DATA that of the phantom."""
-    given = {key: tuple(item for item in value if item is not None) if isinstance(value, list)
-             else value for key, value in given.items()}
+    given = {key: value if type(value) is not list else tuple(i for i in value if i is not None)
+             for key, value in given.items()}
     name = Path(data).resolve().name if data else "phantom"
     given.setdefault("out", f"runs/{name}-{given.get('method', 'context')}")
     given["preset"] = preset or ("paper" if data else "quick")  # minutes on a CPU without DATA

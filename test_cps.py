@@ -153,10 +153,10 @@ def plain_windows(nets, volume, patch, num_classes, overlap, flips):
     axes = [(torch.arange(p) - (p - 1) / 2) / (p / 8) for p in patch]
     weight = torch.exp(-sum(g ** 2 for g in torch.meshgrid(*axes, indexing="ij")) / 2)
     for s, p in zip(shape, patch):
-        n = 1 if s == p else 2
-        while s > p and (s - p) / (n - 1) > p * (1 - overlap):
-            n += 1
-        starts.append(np.linspace(0, s - p, n).round().astype(int))
+        firsts = [0]
+        while firsts[-1] + p < s:
+            firsts.append(min(firsts[-1] + max(1, int(p * (1 - overlap))), s - p))
+        starts.append(firsts)
     for corner in itertools.product(*starts):
         box = tuple(slice(c, c + p) for c, p in zip(corner, patch))
         for net, flip in itertools.product(nets, flips):
