@@ -66,15 +66,13 @@ from torch import nn
 # 1. Configuration =================================================================================
 class UserError(Exception):
     """Something the user can mend: one sentence that names the file or flag and the remedy."""
-
 def need(holds, sentence):
     """Raise UserError with the sentence unless something holds."""
     if not holds:
         raise UserError(sentence)
 
 def attempt(function, *args):
-    """Call a function. Of what the user can mend print one sentence and return 2, the exit code; a
-    defect of this program keeps its traceback."""
+    """Call a function; print what the user can mend and return 2. A defect keeps its traceback."""
     try:
         return function(*args)
     except UserError as error:
@@ -112,8 +110,8 @@ class Config:
     base_channels: int = 32  # at the first level; doubled at each next one, at most 320 [nnU-Net]
     levels: int = 5  # of resolution; the patch must divide by 2^(levels-1) [nnU-Net]
     init_b: Literal["he", "xavier"] = "he"  # normal; A has he [paper: he for both]
-    lam: float = 1.0  # weight of L_cps after the ramp-up [ours]
-    rampup: float = 0.3  # share of the run over which lam grows; 0: full from the start [ours]
+    lam: float = 1.0  # weight of L_cps after the ramp-up [ours, measured]
+    rampup: float = 0.6  # share of the run over which lam grows; 0: full at once [ours, measured]
     pseudo_loss: Literal["dice_ce", "ce"] = "dice_ce"  # l of L_cps [paper: Dice + CE; CPS: CE]
     epochs: int = 1000  # an epoch is a row of the log [paper]
     epoch_steps: int = 250  # optimiser steps [nnU-Net; fits the paper's 96 h]
@@ -148,8 +146,7 @@ class Config:
 
 PRESETS = {"paper": {}, "quick": {  # momentum 0.99 wants more than some hundred steps [measured]
     "patch": (32, 48, 32), "base_channels": 8, "levels": 4, "epochs": 20, "epoch_steps": 20,
-    "halve_epochs": 8, "lr": 0.05, "momentum": 0.9, "validate_epochs": 4}}
-SLOW = {"epochs": 24, "halve_epochs": 9, "rampup": 0.6, "lam": 0.3}  # organs first, then A and B
+    "halve_epochs": 8, "lr": 0.2, "momentum": 0.9, "validate_epochs": 4}}  # high: small organs
 MAY_CHANGE = {"resume", "out", "epochs", "device", "workers", "cache"}  # on --resume
 
 # 2. The method: pure functions, tensors in, scalar out ============================================
@@ -238,7 +235,7 @@ class UNet3D(nn.Module):
     def __init__(self, num_classes, base_channels, levels, in_channels=1):
         super().__init__()
         ch = [min(base_channels * 2**i, 320) for i in range(levels)]  # 32, 64, 128, 256, 320
-        steps = [*itertools.pairwise(ch)]
+        steps = [*itertools.pairwise(ch)]  # (32, 64), (64, 128) ...
         self.down = nn.ModuleList([Block(in_channels, ch[0]), *(Block(a, b, 2) for a, b in steps)])
         self.up = nn.ModuleList([nn.ConvTranspose3d(b, a, 2, stride=2) for a, b in steps[::-1]])
         self.merge = nn.ModuleList([Block(2 * a, a) for a, _ in steps[::-1]])
@@ -250,7 +247,7 @@ class UNet3D(nn.Module):
         x = levels.pop()  # the deepest one
         for up, block in zip(self.up, self.merge):
             x = block(torch.cat((up(x), levels.pop()), dim=1))
-        return self.head(x)
+        return self.head(x)  # (B, K, X, Y, Z)
 
 def make_pair(config, num_classes):
     """Networks A and B: one structure, two draws of the weights, biases 0 [paper]. From one seed
@@ -274,7 +271,7 @@ class Case(NamedTuple):
     image: Path
     label: Path | None = None  # None where there is none, or where training must not read it
     arrays: tuple = ()  # .npy files, once prepared: image, and of a labelled case label and points
-    facts: tuple = ()  # once prepared: spacing x, y, z in mm, and a checksum of the image
+    info: tuple = ()  # once prepared: spacing x, y, z in mm, and a checksum of the image
 
 @contextmanager
 def atomic(path):
@@ -288,8 +285,7 @@ def atomic(path):
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        reason = error.strerror or "the disk may be full"
-        raise UserError(f"{path}: cannot be written, {reason}; make room or change it") from error
+        raise UserError(f"{path}: {error.strerror or error}; make room or change it") from error
     finally:
         if temporary.exists():
             temporary.unlink()
@@ -345,8 +341,7 @@ def read_scan(path, is_label=False, canonical=True, like=None):
     `write_like` turns back. like: an image on whose grid it must lie. UserError if no scan."""
     try:
         scan = nib.load(path)
-        kind = scan.get_data_dtype()
-        need(kind.kind in "iuf", f"its voxels are {kind}, not numbers")
+        need(scan.get_data_dtype().kind in "iuf", f"its voxels are {scan.get_data_dtype()}")
         volume = scan.get_fdata(dtype=np.float32, caching="unchanged")
         spacing, axes = nib.affines.voxel_sizes(scan.affine), nib.io_orientation(scan.affine)
         need(volume.ndim > 2 and volume.size and volume.shape[3:] in ((), (1,), (1, 1)),
@@ -371,18 +366,18 @@ def read_scan(path, is_label=False, canonical=True, like=None):
 
 def resample(volume, shape, is_label=False):
     """Resample (X, Y, Z), edges aligned: linear; labels nearest, as 2 is not between 1 and 3."""
-    mode = {"mode": "nearest-exact"} if is_label else {"mode": "trilinear", "align_corners": False}
-    return F.interpolate(torch.from_numpy(volume)[None, None], tuple(shape), **mode)[0, 0].numpy()
+    grid, mode = torch.from_numpy(volume)[None, None], "nearest-exact" if is_label else "trilinear"
+    return F.interpolate(grid, tuple(shape), mode=mode)[0, 0].numpy()
 
 def preprocess(volume, spacing, config, path):
     """Clip, resample, z-score of a volume [paper, scope ours], in place if it can: float32.
     The clip is first: no implant bleeds into its neighbours or decides mean and sd."""
-    low, high = config.clip or np.percentile(volume, (0.5, 99.5))
+    low, high = config.clip or np.percentile(volume, (0.5, 99.5))  # HU, or whatever unit
     np.clip(volume, low, high, out=volume)
     if config.spacing:
         size = np.multiply(volume.shape, spacing) / config.spacing
         volume = resample(volume, [max(1, round(n)) for n in size])
-    std, mean = torch.std_mean(torch.from_numpy(volume))
+    std, mean = torch.std_mean(torch.from_numpy(volume))  # over all voxels, air too
     need(std > 1e-6, f"{path}: constant from {low:g} to {high:g}; set --clip or remove it")
     return torch.from_numpy(volume).sub_(mean).div_(std).numpy()
 
@@ -393,10 +388,10 @@ def prepare_case(case, config):
     files = [file for file in (case.image, case.label) if file]
     key = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     key = hashlib.sha256(repr((key, config.clip, config.spacing)).encode()).hexdigest()[:16]
-    parts = ("image", "label", "points", "facts") if case.label else ("image", "facts")
+    parts = ("image", "label", "points", "info") if case.label else ("image", "info")
     paths = [f"{config.cache}/{case.name}-{key}.{part}.npy" for part in parts]
     try:
-        *_, facts = (np.load(path, mmap_mode="r") for path in paths)  # whole and readable?
+        *_, info = (np.load(path, mmap_mode="r") for path in paths)  # whole and readable?
     except (OSError, ValueError, EOFError):
         volume, spacing, scan = read_scan(case.image)
         arrays = [preprocess(volume, spacing, config, case.image).astype(np.float16)]
@@ -405,14 +400,14 @@ def prepare_case(case, config):
             label = resample(label, arrays[0].shape, is_label=True)
             points, rng = [np.zeros((0, 4), int)], np.random.default_rng(0)
             for value in np.unique(label[label > 0]):
-                xyz = rng.permutation(np.argwhere(label == value))[:1000]
+                xyz = rng.permutation(np.argwhere(label == value))[:1000]  # (n, 3)
                 points.append(np.insert(xyz, 0, value, axis=1))
             arrays += [label, np.concatenate(points).astype(np.int32)]
-        facts = np.array((*(config.spacing or spacing), zlib.crc32(arrays[0])))
-        for path, array in zip(paths, [*arrays, facts]):
+        info = np.array((*(config.spacing or spacing), zlib.crc32(arrays[0])))
+        for path, array in zip(paths, [*arrays, info]):
             with atomic(path) as temporary, open(temporary, "wb") as file:
                 np.save(file, array)
-    return case._replace(arrays=tuple(paths[:-1]), facts=tuple(facts.tolist()))
+    return case._replace(arrays=tuple(paths[:-1]), info=tuple(info.tolist()))
 
 def for_each(what, items, one, threads=1):
     """Call one(name, item) for all items and report bad ones: exit code 1 if some are, 2 if all."""
@@ -430,7 +425,7 @@ def prepare(split, config):
     """The split, all its cases checked and cached; the problems of all are reported in one go."""
     def one(name, case):
         done[name] = case = prepare_case(case, config)
-        twin = seen.setdefault(case.facts[3], case.image)  # on both sides of a split it is a leak
+        twin = seen.setdefault(case.info[3], case.image)  # on both sides of a split it is a leak
         need(twin == case.image, f"{case.image}: has the same voxels as {twin}; remove one of them")
         if case.label and not len(np.load(case.arrays[2])):
             print(f"warning: {case.label}: no voxel is labelled", file=sys.stderr)
@@ -462,15 +457,14 @@ def phantom_volume(rng, shape=(48, 48, 40)):
     organs, phase of the contrast agent, blur and noise of the scanner vary from case to case."""
     grid = np.stack(np.meshgrid(*(np.linspace(-1.1, 1.1, n) for n in shape), indexing="ij"))
     for coordinate in grid:  # a smooth random displacement: no outline is an ellipsoid
-        wave = ndimage.gaussian_filter(rng.standard_normal(shape), 5)
-        coordinate += wave / wave.std() * rng.uniform(0.02, 0.06)
+        coordinate += rng.uniform(1.3, 3.7) * ndimage.gaussian_filter(rng.standard_normal(shape), 5)
     image, label, phase = np.full(shape, -1000.0), np.zeros(shape, np.uint8), rng.uniform(0.8, 1.2)
     for i, (_, centre, radii, hu) in enumerate(ORGANS, -3):
         centre = np.add(centre, rng.uniform(-0.06, 0.06, 3) * (i > -2))
         radii = np.multiply(radii, rng.uniform(0.9, 1.1, 3) if i > -2 else 1)
-        organ = sum(((g - c) / r) ** 2 for g, c, r in zip(grid, centre, radii)) < 1
+        organ = sum(((g - c) / r) ** 2 for g, c, r in zip(grid, centre, radii)) < 1  # an ellipsoid
         image[organ], label[organ] = hu * phase * rng.uniform(0.95, 1.05), max(0, i)
-    image = ndimage.gaussian_filter(image, rng.uniform(0.4, 0.8)) + rng.uniform(-10, 10)
+    image = ndimage.gaussian_filter(image, rng.uniform(0.4, 0.8)) + rng.uniform(-10, 10)  # scanner
     return image + rng.normal(0, rng.uniform(10, 30), shape), label
 
 def make_phantom(folder):
@@ -497,7 +491,7 @@ def read_box(volume, corner, shape, matrix=None, outside=0):
         return ndimage.affine_transform(wide, matrix, half - matrix @ (shape // 2), tuple(shape),
                                         order=1 + outside, cval=outside)
     box = np.full(shape, outside, np.int16 if outside else np.float32)  # all padding at first
-    low, high = np.clip(corner, 0, volume.shape), np.clip(corner + shape, 0, volume.shape)
+    low, high = np.clip(corner, 0, volume.shape), np.clip(corner + shape, 0, volume.shape)  # inside
     box[tuple(map(slice, low - corner, high - corner))] = volume[tuple(map(slice, low, high))]
     return box
 
@@ -514,9 +508,9 @@ def augment(patch, rng, chance):
     if noise:
         patch = patch + rng.uniform(0, 0.1) * rng.standard_normal(patch.shape, np.float32)
     if blur:
-        patch = ndimage.gaussian_filter(patch, rng.uniform(0.5, 1))
+        patch = ndimage.gaussian_filter(patch, rng.uniform(0.5, 1))  # sd in voxels
     if brightness:
-        patch = patch * rng.uniform(0.75, 1.25)
+        patch = patch * rng.uniform(0.75, 1.25)  # of 0, the mean
     if contrast:
         mean, low, high = patch.mean(), patch.min(), patch.max()
         patch = np.clip((patch - mean) * rng.uniform(0.75, 1.25) + mean, low, high)
@@ -542,29 +536,26 @@ class Patches(torch.utils.data.Dataset):
         return self.config.epochs * self.config.epoch_steps
     def __getitem__(self, step):
         labelled, pairs, names = [], [], []
+        parts = ("labelled", "unlabelled")[:1 if self.config.method == "supervised" else 2]
         for g in self.which:
             rng = np.random.default_rng((self.config.seed, step, g))  # all chance of patch g
-            for part in ("labelled", "unlabelled")[:1 if self.config.method == "supervised" else 2]:
-                case = self.split[part][rng.integers(len(self.split[part]))]
-                names.append(case.name)
-                if part == "labelled":  # drawn first, and so alike for all methods
-                    labelled.append(self.labelled_patch(case, rng, centred=(step + g) % 2 == 1))
-                else:
-                    pairs.append(self.unlabelled_pair(case, rng)[::-1 if step % 2 else 1])  # swap
+            cases = [self.split[part][int(u * len(self.split[part]))]
+                     for u, part in zip(rng.random(2), parts)]  # the first is alike for all methods
+            labelled.append(self.labelled_patch(cases[0], rng, centred=(step + g) % 2 == 1))
+            pairs += [self.unlabelled_pair(case, rng)[::1 - step % 2 * 2] for case in cases[1:]]
+            names += [case.name for case in cases]
         images, target = zip(*labelled)
         images = [np.stack([*images, *(pair[i][0] for pair in pairs)])[:, None] for i in (0, 1)]
         valid = np.stack([pair[0][1] for pair in pairs] or target) >= 0  # of A; the same in B
         tensors = [torch.from_numpy(array) for array in (*images, np.stack(target), valid)]
         return {"tensors": tensors, "overlaps": [(a[2], b[2]) for a, b in pairs], "names": names}
     def crops(self, case, rng, corners):
-        """The patches at some corners of a case, each (image float32, classes int64, -1 outside).
-        All come from one box around them: what turns, scales or mirrors it by chance does so to all
-        alike, and an overlap stays a box. Their intensities are augmented apart."""
+        """The patches at some corners of a case, each (image float32, classes int64, -1 outside):
+        from one box turned as a whole, so that overlaps stay boxes; intensities change apart."""
         low, high = np.min(corners, axis=0), np.max(corners, axis=0) + self.patch  # the box
         volume, *label = (np.load(path, mmap_mode="r") for path in case.arrays[:2])
         label = label[0] if label else np.broadcast_to(np.uint8(0), volume.shape)
-        turned = rng.random() < self.config.spatial
-        matrix = spatial_matrix(rng, case.facts[:3]) if turned else None
+        matrix = spatial_matrix(rng, case.info[:3]) if rng.random() < self.config.spatial else None
         axes = tuple("xyz".index(a) for a in self.config.mirror if rng.random() < 0.5)
         image, label = (np.flip(read_box(array, low, high - low, matrix, outside), axes)
                         for array, outside in ((volume, 0), (label, -1)))
@@ -636,6 +627,7 @@ class Run:
         self.sums = torch.zeros(4, device=self.device)  # of the epoch
     def save(self, name):
         """Write a checkpoint of tensors and plain values, which loads with weights_only."""
+        need(self.sums.isfinite().all(), f"{self.config.out}: the loss is not finite; lower --lr")
         state = {k: getattr(self, k) for k in ("ids", "step", "best", "rows", "sums")}
         parts = [part.state_dict() for part in (*self.networks, *self.optimisers, self.scaler)]
         torch.save(state | {"config": asdict(self.config), "parts": parts}, file := io.BytesIO())
@@ -703,7 +695,7 @@ def train_loop(run, patches, val):
         patches, None, sampler=range(run.step, len(patches)), num_workers=gpu * config.workers,
         pin_memory=gpu)  # the workers inherit `note`: Ctrl-C, which reaches them too, is no end
     images = patches[run.step]["tensors"][0].to(device)
-    with torch.no_grad():
+    with torch.no_grad(), run.autocast:
         a, b = (pseudo_label(network(images)) for network in run.networks)
     print(f"{device}, step {run.step}: A and B agree on {(a == b).float().mean():.1%} of voxels\n"
           "  step       lr   lam loss_sup loss_cps  agreement  foreground    dice  s/step      ETA")
@@ -717,7 +709,7 @@ def train_loop(run, patches, val):
                 optimiser.param_groups[0]["lr"] = lr
             run.sums += train_step(run.networks, run.optimisers, batch, lam, config, run.scaler,
                                    run.autocast)
-            run.step += 1
+            run.step += 1  # what a checkpoint calls done
             progress("step", run.step - first, len(patches) - first, start)
             if run.step % config.epoch_steps == 0:
                 end_epoch(run, patches, val, lr, lam, start, run.step - first)
@@ -737,7 +729,7 @@ def end_epoch(run, patches, val, lr, lam, start, steps):
         names = sorted({name for step in bad for name in patches[step]["names"]})[:8]
         need(False, f"{config.out}: loss not finite from step {bad[0]} on, {names}; lower --lr")
     if epoch % config.validate_epochs == 0 or epoch == config.epochs:
-        scores = [d for case in validate(run, val).values() for d, _ in case.values()]
+        scores = [d for case in validate(run, val).values() for d, _ in case.values()]  # Dice
         dice = float(np.mean(scores)) if scores else nan
     means[1:] = means[1:] if config.method != "supervised" else [nan] * 3
     run.rows.append((run.step, lr, lam, *means, dice, seconds))
@@ -759,7 +751,7 @@ def validate(run, cases, tolerance=None):
     for case in cases:
         image, label, _ = (np.load(path, mmap_mode="r") for path in case.arrays)
         found = np.array([0, *run.ids])[segment(run, image)]
-        results[case.name] = evaluate_case(found, label, case.facts[:3], run.ids, tolerance)
+        results[case.name] = evaluate_case(found, label, case.info[:3], run.ids, tolerance)
     return results
 
 # 9. Inference =====================================================================================
@@ -767,15 +759,14 @@ def validate(run, cases, tolerance=None):
 def sliding_window(networks, volume, patch, num_classes, overlap=0.5, device="cpu", flips=((),)):
     """Segment a preprocessed volume of any size: float (X, Y, Z) to uint8 (X, Y, Z).
     A voxel gets the class of the largest Gaussian-weighted mean softmax over all windows, networks
-    and flips (sets of axes of (B, C, X, Y, Z) to mirror). The last window ends at the end; there
-    a smaller volume is padded. Of the sums only a slab exists, (K, patch length, 2 whole axes)
-    on the axis that makes it smallest: what no later window reaches becomes uint8 and leaves."""
+    and flips (axes of (B, C, X, Y, Z) to mirror). The last window, or padding, is at the end. Of
+    the sums only a slab exists, on the axis where it is smallest: what is done becomes uint8."""
     shape = np.maximum(volume.shape, patch)  # with the padding
     axis = int(np.argmin(np.asarray(patch) / shape))
     steps = [max(1, int(p * (1 - overlap))) for p in patch]
     starts = [[*range(0, s - p, step), s - p] for s, p, step in zip(shape, patch, steps)]
     firsts, starts[axis] = starts[axis], [0]  # along `axis`, corners are counted within the slab
-    x, y, z = (np.exp(-0.5 * ((np.arange(p) - (p - 1) / 2) / (p / 8)) ** 2) for p in patch)
+    x, y, z = (np.exp(-0.5 * ((np.arange(p) - (p - 1) / 2) / (p / 8)) ** 2) for p in patch)  # (p,)
     weight = torch.tensor(np.einsum("x,y,z->xyz", x, y, z), dtype=torch.float32, device=device)
     slab = torch.zeros(num_classes, *np.where(np.arange(3) == axis, patch, shape), device=device)
     result = np.zeros(shape, np.uint8)  # all that grows with the scan
@@ -804,7 +795,7 @@ def largest_components(labels):
         if box:
             parts, _ = ndimage.label(labels[box] == label)
             kept[box][parts == np.bincount(parts.ravel())[1:].argmax() + 1] = label
-    return kept
+    return kept  # uint8 (X, Y, Z)
 
 def segment(run, volume, networks="a", largest=True, flips=((),)):
     """Classes uint8 (X, Y, Z) of a preprocessed volume: sliding window, largest components."""
@@ -873,7 +864,7 @@ def corner_codes(mask):
 
 def dice(pred, ref):
     """Dice coefficient of two bool arrays: 1 if both are empty, 0 if one is [FLARE22]."""
-    size = np.count_nonzero(pred) + np.count_nonzero(ref)
+    size = np.count_nonzero(pred) + np.count_nonzero(ref)  # voxels
     return 2 * np.count_nonzero(pred & ref) / size if size else 1.0
 
 def surface_dice(pred, ref, spacing, tolerance):
@@ -883,20 +874,19 @@ def surface_dice(pred, ref, spacing, tolerance):
     if not pred.any() or not ref.any():
         return float(pred.any() == ref.any())
     box = ndimage.find_objects((pred | ref).view(np.uint8))[0]
-    codes = [corner_codes(mask[box]) for mask in (pred, ref)]
+    codes = [corner_codes(mask[box]) for mask in (pred, ref)]  # (x+1, y+1, z+1) each
     surfaces = [(code != 0) & (code != 255) for code in codes]  # corners where both kinds meet
-    areas, near, total = surfel_areas(spacing), 0.0, 0.0
+    areas, near, total = surfel_areas(spacing), 0.0, 0.0  # (256,), mm2, mm2
     for code, here, there in zip(codes, surfaces, surfaces[::-1]):
-        distance = ndimage.distance_transform_edt(~there, sampling=spacing)[here]
+        distance = ndimage.distance_transform_edt(~there, sampling=spacing)[here]  # mm, (n,)
         area = areas[code[here]]  # mm2 of each surface corner
         near, total = near + area[distance <= tolerance].sum(), total + area.sum()
-    return float(near / total)
+    return float(near / total)  # mm2 by mm2
 
 def evaluate_case(pred, ref, spacing, labels, tolerances=None, flare22=False):
     """{label: (Dice, NSD)} of two integer arrays (X, Y, Z); spacing in mm in array order.
-    tolerances in mm: one, or one for each label (sequence or dict); None: no NSD (NaN). flare22, as
-    its code: NSD is 0 below a Dice of 0.2; aorta, vena cava, esophagus count from the reference's
-    first slice to its last but one (its only one crashes that code); 4 digits."""
+    tolerances in mm: one, or one a label (sequence or dict); None: no NSD (NaN). flare22: 4 digits,
+    NSD 0 below Dice 0.2, tubes without the reference's last slice (a single one crashed it)."""
     if tolerances is not None and not isinstance(tolerances, dict):
         tolerances = dict(zip(labels, np.broadcast_to(tolerances, len(labels))))
     boxes = [ndimage.find_objects(a.astype(np.uint8, copy=False), max(labels)) for a in (pred, ref)]
@@ -966,13 +956,9 @@ def add_flags(parser, target):
     comments = dict(re.findall(r"^ +(\w+): .*?  # (.*)$", inspect.getsource(target), re.MULTILINE))
     for name, p in inspect.signature(target).parameters.items():
         kind, items = get_origin(p.annotation) or p.annotation, get_args(p.annotation)
-        options = {"type": kind}
-        if kind is bool:
-            options = {"action": argparse.BooleanOptionalAction}
-        elif kind is Literal:
-            options = {"choices": items}
-        elif kind is tuple:
-            options = {"type": number if items[0] is float else items[0], "nargs": "+"}
+        options = {"action": argparse.BooleanOptionalAction} if kind is bool else {
+            "choices": items} if kind is Literal else {"type": kind} if kind is not tuple else {
+            "type": number if items[0] is float else items[0], "nargs": "+"}
         if p.default is not p.empty:
             options |= {"nargs": "?"} if name == "data" else {"default": argparse.SUPPRESS}
             name = name if name == "data" else "--" + name.replace("_", "-")
@@ -986,9 +972,9 @@ def config_from(data=None, preset=None, **given):
     given.setdefault("out", f"runs/{name}-{given.get('method', 'context')}")
     given["preset"] = preset or ("paper" if data else "quick")  # minutes on a CPU without DATA
     if data is None:
-        make_phantom("runs/phantom")
-        given = {"data": "runs/phantom", "val": 4.0} | SLOW | given
-    return Config(**PRESETS[given["preset"]] | ({"data": data} if data else {}) | given)
+        make_phantom(data := "runs/phantom")
+        given = {"val": 4.0} | given
+    return Config(**PRESETS[given["preset"]] | {"data": data} | given)
 
 def main(argv=None):
     """Run a command. Returns its exit code: 0, 1 (some cases failed), 2 (bad input), 130."""
