@@ -643,6 +643,14 @@ def test_a_run_folder_has_one_user(capsys):
     assert train() == 0
     assert train("--resume") == 0
 
+def test_other_labels_than_those_of_the_run_are_refused(capsys):
+    make_data()
+    assert train(epochs=1) == 0
+    for i in range(6):
+        label = phantom(i)[1]
+        write(f"data/labelsTr/c{i}.nii.gz", np.where(label == 5, 9, label).astype(np.uint8))
+    assert train("--resume") == 2 and "[1, 9]" in capsys.readouterr().err
+
 def test_the_same_scan_in_two_places_is_a_leak(capsys):
     make_data()
     shutil.copy("data/imagesTr/c1.nii.gz", "data/imagesUn/again.nii.gz")
