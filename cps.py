@@ -30,7 +30,7 @@ up; two draws of He-normal (or --init-b xavier); 250 steps an epoch (fits its 96
 augmentation, unmirrored, as kidneys have sides; validation chooses the checkpoint; A predicts.
 
 Contents: 1 Configuration, 2 The method, 3 Supervised loss, 4 The network, 5 Data, 6 Phantom,
-7 Patches, 8 Training, 9 Inference, 10 Evaluation, 12 Command line. Not for clinical use.
+7 Patches, 8 Training, 9 Inference, 10 Evaluation, 11 Command line. Not for clinical use.
 """
 import argparse
 import hashlib
@@ -90,7 +90,7 @@ def attempt(function, *args):
 class Config:
     """All settings of a run; the defaults are the preset `paper`. In brackets: who says so."""
     data: str = ""  # folder in MSD / nnU-Net layout; none: a phantom is built
-    preset: Literal["paper", "quick"] = "paper"  # as published; minutes on a CPU (without DATA)
+    preset: Literal["paper", "quick"] = "paper"  # as published; for a CPU (default without DATA)
     out: str = ""  # run folder; none: runs/DATA-METHOD
     resume: bool = False  # go on with the run in --out, or begin it
     method: Literal["supervised", "cps", "context"] = "context"  # no L_cps, equal crops, overlap
@@ -127,7 +127,7 @@ class Config:
     cache: str = "runs/.cache"  # folder of preprocessed volumes; may be deleted
     def __post_init__(self):
         """Refuse impossible values in one sentence, before any work is done."""
-        stride, gpu = 2 ** (self.levels - 1), "cuda" in self.device and torch.cuda.is_available()
+        stride, gpu = 2 ** abs(self.levels - 1), "cuda" in self.device and torch.cuda.is_available()
         wanted = {name: 0 < getattr(self, name) < 1 or "between 0 and 1"
                   for name in ("momentum", "min_overlap")} | {
             "patch": len(self.patch) == 3 and all(p > 0 and p % stride == 0 for p in self.patch)
@@ -138,7 +138,7 @@ class Config:
             or "X Y Z in mm, or native", "mirror": {*self.mirror} <= {*"xyz"} or "some of x, y, z",
             "device": self.device in ("auto", "cpu") or gpu or "cpu, or a GPU that is there"}
         for name, value in vars(self).items():
-            low = self.__annotations__[name] is int and name not in ("labelled", "seed", "workers")
+            low = Config.__annotations__[name] is int and name not in "labelled, seed, workers"
             if type(value) in (int, float):
                 wanted.setdefault(name, low <= value < inf or f"{low:d} or more")
             need(wanted.get(name, True) is True,
@@ -146,7 +146,7 @@ class Config:
 
 PRESETS = {"paper": {}, "quick": {  # momentum 0.99 wants more than some hundred steps [measured]
     "patch": (32, 48, 32), "base_channels": 8, "levels": 4, "epochs": 20, "epoch_steps": 20,
-    "halve_epochs": 8, "lr": 0.2, "momentum": 0.9, "validate_epochs": 4}}  # high: small organs
+    "halve_epochs": 8, "lr": 0.2, "momentum": 0.9, "validate_epochs": 4}}  # lr: finds small organs
 MAY_CHANGE = {"resume", "out", "epochs", "device", "workers", "cache"}  # on --resume
 
 # 2. The method: pure functions, tensors in, scalar out ============================================
@@ -203,7 +203,7 @@ def dice_ce_loss(logits, target, ignore_index=-1, dice=True):
     """Soft Dice loss + cross-entropy, for true and for pseudo labels; dice=False: cross-entropy.
     logits: (B, K, x, y, z); target: int64 (B, x, y, z), 0..K-1, or `ignore_index` for voxels that
     count in neither part. Returns a scalar, 0 where all is ignored (a plain mean: NaN). Dice is per
-    patch and class: B processes with a patch each learn as one with B does. [paper, nnU-Net]"""
+    patch and class, then a mean: what a patch adds does not hang on its batch. [paper, nnU-Net]"""
     valid = target != ignore_index  # (B, x, y, z)
     target = target.masked_fill(~valid, 0)[:, None]  # (B, 1, x, y, z)
     log_prob = logits.float().log_softmax(dim=1)  # (B, K, x, y, z); half precision would spoil it
@@ -214,14 +214,14 @@ def dice_ce_loss(logits, target, ignore_index=-1, dice=True):
         one_hot = torch.zeros_like(prob).scatter_(1, target, valid[:, None].to(prob.dtype))
         prob, one_hot = prob[:, 1:].flatten(2), one_hot[:, 1:].flatten(2)  # (B, K-1, xyz)
         overlap, size = (prob * one_hot).sum(2), prob.sum(2) + one_hot.sum(2)  # (B, K-1)
-        # 1e-5: a class that is nowhere gives 1, not 0 / 0; if only predicted, it is left to CE.
+        # 1e-5: a class in neither gives 1, not 0 / 0; in the prediction only, just CE lowers it.
         loss = loss + 1 - ((2 * overlap + 1e-5) / (size + 1e-5)).mean(1)
     return loss.mean()
 
 # 4. The network ===================================================================================
 class Block(nn.Sequential):
     """Two times 3x3x3 convolution (no bias: the norm undoes it), instance norm, LeakyReLU.
-    GroupNorm of single channels is an affine InstanceNorm that keeps channels-last. [nnU-Net]"""
+    GroupNorm of single channels is affine InstanceNorm, but keeps channels-last (CPU). [nnU-Net]"""
     def __init__(self, c_in, c_out, stride=1):
         layers = []
         for c, s in ((c_in, stride), (c_out, 1)):
@@ -323,7 +323,7 @@ def split_cases(config):
         images |= more
     orphans = sorted(labels.keys() - images.keys())
     need(not orphans, f"{root}/labelsTr: no image in imagesTr for {orphans[:5]}; add or remove")
-    known = np.random.default_rng(0).permutation(sorted(labels)).tolist()  # as seeds share tests
+    known = np.random.default_rng(0).permutation(sorted(labels)).tolist()  # all seeds: same tests
     test, val = (round(n) if n >= 1 else ceil(n * len(known)) for n in (config.test, config.val))
     rest = np.random.default_rng((1, config.seed)).permutation(known[test:]).tolist()
     n = config.labelled or len(rest) - val  # 0: all that are left
@@ -439,7 +439,7 @@ def progress(what, done, total, start):
     """Redraw one line with the time left, on a terminal only."""
     if sys.stdout.isatty():
         left = timedelta(seconds=int((time.monotonic() - start) / done * (total - done)))
-        print(f"\r{what} {done}/{total}, {left} left  ", end="\n" * (done == total), flush=True)
+        print(f"{what} {done}/{total}, {left} left  ", end="\r\n"[done == total], flush=True)
 
 # 6. Phantom: something to segment on any machine ==================================================
 # name, centre and radii in half body widths (x right, y front, z up), HU. The kidneys are one shape
@@ -469,7 +469,7 @@ def phantom_volume(rng, shape=(48, 48, 40)):
 
 def make_phantom(folder):
     """Write what is missing of it: 12 labelled (Tr), 24 unlabelled (Un), 4 test cases (Ts), in LPS
-    as scanners do: nothing must work merely as arrays happen to be RAS+."""
+    as scanners do: nothing may work only because arrays happen to be RAS+."""
     for group, part, count in ((0, "Tr", 12), (1, "Un", 24), (2, "Ts", 4)):
         for i, kind in itertools.product(range(count), ("labels", "images")[part == "Un":]):
             path = Path(folder) / (kind + part) / f"phantom{part}{i:02}.nii.gz"
@@ -496,13 +496,13 @@ def read_box(volume, corner, shape, matrix=None, outside=0):
     return box
 
 def spatial_matrix(rng, spacing):
-    """Rotation to 30 degrees, scale 0.7 to 1.4 [nnU-Net]; in mm: uneven voxels would be sheared."""
+    """Rotation to 30 degrees, scale 0.7 to 1.4 [nnU-Net]; in mm, else uneven voxels would shear."""
     rotation = Rotation.from_euler("xyz", rng.uniform(-30, 30, 3), degrees=True).as_matrix()
     scale = rng.uniform(*((0.7, 1) if rng.random() < 0.5 else (1, 1.4)))
     return scale * np.diag(1 / np.asarray(spacing)) @ rotation @ np.diag(spacing)
 
 def augment(patch, rng, chance):
-    """New float32 (X, Y, Z) of other intensity: nnU-Net's kinds, chances (by `chance`), ranges."""
+    """New float32 (X, Y, Z), intensities changed: nnU-Net's kinds, about its chances and ranges."""
     chances = chance * np.array((0.1, 0.1, 0.15, 0.15, 0.25, 0.3))
     noise, blur, brightness, contrast, coarse, gamma = rng.random(6) < chances
     if noise:
@@ -535,7 +535,7 @@ class Patches(torch.utils.data.Dataset):
     def __len__(self):
         return self.config.epochs * self.config.epoch_steps
     def __getitem__(self, step):
-        labelled, pairs, names = [], [], []
+        labelled, pairs, names = [], [], []  # of pairs A sees the first crop, at odd steps B
         parts = ("labelled", "unlabelled")[:1 if self.config.method == "supervised" else 2]
         for g in self.which:
             rng = np.random.default_rng((self.config.seed, step, g))  # all chance of patch g
@@ -556,7 +556,7 @@ class Patches(torch.utils.data.Dataset):
         volume, *label = (np.load(path, mmap_mode="r") for path in case.arrays[:2])
         label = label[0] if label else np.broadcast_to(np.uint8(0), volume.shape)
         matrix = spatial_matrix(rng, case.info[:3]) if rng.random() < self.config.spatial else None
-        axes = tuple("xyz".index(a) for a in self.config.mirror if rng.random() < 0.5)
+        axes = tuple("xyz".index(a) for a in sorted({*self.config.mirror}) if rng.random() < 0.5)
         image, label = (np.flip(read_box(array, low, high - low, matrix, outside), axes)
                         for array, outside in ((volume, 0), (label, -1)))
         boxes = [tuple(map(slice, corner - low, corner - low + self.patch)) for corner in corners]
@@ -620,11 +620,10 @@ class Run:
         self.optimisers = [torch.optim.SGD(n.parameters(), config.lr, config.momentum,
                                            weight_decay=config.weight_decay, nesterov=True)
                            for n in self.networks]
-        amp, bf16 = gpu and config.amp, gpu and torch.cuda.is_bf16_supported()
+        amp, bf16 = gpu and config.amp, gpu and torch.cuda.get_device_capability(self.device) > (8,)
         self.autocast = torch.autocast(self.device.type, [torch.float16, torch.bfloat16][bf16], amp)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp and not bf16)  # fp16 needs
-        self.step, self.best, self.rows = 0, -1.0, []  # rows: those of log.csv
-        self.sums = torch.zeros(4, device=self.device)  # of the epoch
+        self.step, self.best, self.rows, self.sums = 0, -1.0, [], torch.zeros(4, device=self.device)
     def save(self, name):
         """Write a checkpoint of tensors and plain values, which loads with weights_only."""
         need(self.sums.isfinite().all(), f"{self.config.out}: the loss is not finite; lower --lr")
@@ -648,7 +647,7 @@ class Run:
             return run
         except Exception as error:  # for a damaged file torch, zipfile and pickle raise many types
             reason = str(error).split("\n")[0][:200] or type(error).__name__
-            raise UserError(f"{path}: is no sound checkpoint of this program, {reason}") from error
+            raise UserError(f"{path}: cannot be loaded as a checkpoint, {reason}") from error
 
 def train(config):
     """Train a pair of networks. Returns {"best_dice", "checkpoint", "steps", "results"}: validation
@@ -661,14 +660,15 @@ def train(config):
     ids = np.unique(np.concatenate(points)[:, 0]).tolist()
     need(ids, f"{config.data}: all labels are empty; there is nothing to learn")
     with only_user_of(out):
+        names = {part: [case.name for case in cases] for part, cases in split.items()}
         if last.exists():
             run = Run.load(last, **{key: getattr(config, key) for key in MAY_CHANGE})
             other = dict(asdict(config).items() - asdict(run.config).items())
-            other |= {"label ids": ids} if ids != run.ids else {}
+            known = json.loads((out / "split.json").read_text("utf-8")), run.ids
+            other |= {"cases or label ids": ids} if (names, ids) != known else {}
             need(not other, f"{last}: begun with other values than {other}; change them or --out")
         else:
             run = Run(config, ids)
-            names = {part: [case.name for case in cases] for part, cases in split.items()}
             for file, text in (("split.json", json.dumps(names, indent=1)),
                                ("config.json", json.dumps(asdict(config), indent=1)),
                                ("cps.py", Path(__file__).read_text("utf-8"))):
@@ -693,7 +693,7 @@ def train_loop(run, patches, val):
     torch.backends.cudnn.benchmark = gpu  # one patch size: the search for kernels pays
     loader = torch.utils.data.DataLoader(
         patches, None, sampler=range(run.step, len(patches)), num_workers=gpu * config.workers,
-        pin_memory=gpu)  # the workers inherit `note`: Ctrl-C, which reaches them too, is no end
+        pin_memory=gpu)  # forked workers inherit `note`: a Ctrl-C, sent to them too, spares them
     images = patches[run.step]["tensors"][0].to(device)
     with torch.no_grad(), run.autocast:
         a, b = (pseudo_label(network(images)) for network in run.networks)
@@ -746,7 +746,7 @@ def end_epoch(run, patches, val, lr, lam, start, steps):
     run.save("last.pt")
 
 def validate(run, cases, tolerance=None):
-    """{case: {id: (Dice, NSD)}} of prepared cases, by the same path as `predict`."""
+    """{case: {id: (Dice, NSD)}} of prepared cases, on the grid of the cache."""
     results = {}
     for case in cases:
         image, label, _ = (np.load(path, mmap_mode="r") for path in case.arrays)
@@ -769,7 +769,7 @@ def sliding_window(networks, volume, patch, num_classes, overlap=0.5, device="cp
     x, y, z = (np.exp(-0.5 * ((np.arange(p) - (p - 1) / 2) / (p / 8)) ** 2) for p in patch)  # (p,)
     weight = torch.tensor(np.einsum("x,y,z->xyz", x, y, z), dtype=torch.float32, device=device)
     slab = torch.zeros(num_classes, *np.where(np.arange(3) == axis, patch, shape), device=device)
-    result = np.zeros(shape, np.uint8)  # all that grows with the scan
+    result = np.zeros(shape, np.uint8)  # all that grows along the axis
     corners, along = [*itertools.product(*starts)], np.eye(3, dtype=int)[axis]
     for first, after in itertools.pairwise([*firsts, shape[axis]]):
         # In twos: for a batch of one, PyTorch's 3D convolution on a CPU is some 5 times slower.
@@ -825,10 +825,11 @@ def predict(
         device: str = "auto"):  # cpu, cuda, cuda:1, ...
     """Segment a scan or the scans of a folder. Returns the exit code: 1 if some could not be."""
     run = Run.load(checkpoint, device=device)
-    axes = [2 + "xyz".index(a) for a in run.config.mirror] if tta else []
+    axes = [2 + "xyz".index(a) for a in sorted({*run.config.mirror})] if tta else []
     flips = [f for n in range(len(axes) + 1) for f in itertools.combinations(axes, n)]
     need(axes or not tta, "--tta: the networks were trained without --mirror; leave it out")
     def one(name, path):
+        need(path.parent.resolve() != Path(out).resolve(), f"{path}: is in OUT_DIR; choose another")
         volume, spacing, scan = read_scan(path)
         grid = preprocess(volume, spacing, run.config, path)
         labels = resample(segment(run, grid, networks, largest, flips), volume.shape, is_label=True)
@@ -886,10 +887,10 @@ def surface_dice(pred, ref, spacing, tolerance):
 def evaluate_case(pred, ref, spacing, labels, tolerances=None, flare22=False):
     """{label: (Dice, NSD)} of two integer arrays (X, Y, Z); spacing in mm in array order.
     tolerances in mm: one, or one a label (sequence or dict); None: no NSD (NaN). flare22: 4 digits,
-    NSD 0 below Dice 0.2, tubes without the reference's last slice (a single one crashed it)."""
+    NSD 0 below Dice 0.2, tubes without the reference's last slice (a single slice is kept)."""
     if tolerances is not None and not isinstance(tolerances, dict):
         tolerances = dict(zip(labels, np.broadcast_to(tolerances, len(labels))))
-    boxes = [ndimage.find_objects(a.astype(np.uint8, copy=False), max(labels)) for a in (pred, ref)]
+    boxes = [ndimage.find_objects(a.astype(np.uint8, copy=False), 255) for a in (pred, ref)]
     results = {}
     for label in labels:
         found = [b[label - 1] for b in boxes]  # slices, or None where the label is nowhere
@@ -925,19 +926,18 @@ def evaluate(
     """Dice and surface Dice of segmentations. Returns the exit code. A missing prediction counts as
     empty; the challenge's own code would leave the case out."""
     known, found, results = list_scans(references), list_scans(predictions), {}
-    found = found if Path(references).is_dir() else dict(zip(known, found.values()))  # by no name
+    found |= {} if any(map(os.path.isdir, (predictions, references))) else {min(known): predictions}
     def one(name, path):
         ref, _, scan = read_scan(path, is_label=True, canonical=False)
-        pred = np.zeros_like(ref)
-        if name in found:
-            pred, *_ = read_scan(found[name], is_label=True, canonical=False, like=scan)
-        else:
+        if name not in found:
             print(f"warning: {name}: no prediction, counted as empty", file=sys.stderr)
-        labels = [*FLARE22] if flare22 else [int(i) for i in np.union1d(pred, ref) if i] or [1]
+        pred = np.zeros_like(ref) if name not in found else read_scan(
+            found[name], is_label=True, canonical=False, like=scan)[0]
+        labels = [*FLARE22] if flare22 else [int(i) for i in np.union1d(pred, ref) if i]
         results[name] = evaluate_case(pred, ref, scan.header.get_zooms()[:3], labels,
                                       FLARE22 if flare22 else tolerance, flare22)
     code = for_each("evaluating", known, one)
-    ids = sorted(set().union(*results.values()))  # of a label in neither file: 1, 1
+    ids = sorted(set().union(*results.values())) or [1]  # of a label in neither file: 1, 1
     results = {c: {i: scores.get(i, (1.0, 1.0)) for i in ids} for c, scores in results.items()}
     if results:
         print(table(results, "FLARE22" if flare22 else f"{tolerance:g} mm"))
@@ -947,7 +947,7 @@ def evaluate(
             np.savetxt(temporary, [("case", "label", "dice", "nsd"), *rows], "%s", ",")
     return code
 
-# 12. Command line =================================================================================
+# 11. Command line =================================================================================
 def add_flags(parser, target):
     """One flag for each parameter of a function or field of Config: its type is the annotation, its
     help the comment behind it, which cannot rot; without a default it is positional."""
@@ -981,7 +981,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for function in (train, predict, evaluate):
-        text = function.__doc__.split("\n")[0]
+        text = function.__doc__.split(". ")[0] + "."
         p = commands.add_parser(function.__name__, help=text, description=text, allow_abbrev=False)
         add_flags(p, Config if function is train else function)
         p.error = parser.error = lambda text: need(False, f"{text}; see cps.py [COMMAND] --help")

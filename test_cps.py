@@ -643,6 +643,37 @@ def test_a_run_folder_has_one_user(capsys):
     assert train() == 0
     assert train("--resume") == 0
 
+def test_other_cases_than_those_of_the_run_are_refused(capsys):
+    """A new case would move others from training to validation."""
+    make_data()
+    assert train(epochs=1) == 0
+    image, label = phantom(99)
+    write("data/imagesTr/a.nii.gz", image)
+    write("data/labelsTr/a.nii.gz", label)
+    assert train("--resume") == 2 and "cases or label ids" in capsys.readouterr().err
+
+def test_predict_never_writes_over_a_scan(trained, capsys):
+    write("scans/x.nii.gz", SCAN)
+    before = nib.load("scans/x.nii.gz").get_fdata()
+    assert cps.main(["predict", f"{trained}/native/best.pt", "scans", "scans/../scans"]) == 2
+    assert "OUT_DIR" in capsys.readouterr().err
+    assert np.array_equal(nib.load("scans/x.nii.gz").get_fdata(), before)
+
+def test_evaluate_pairs_a_folder_and_a_file_by_name():
+    for i in range(2):
+        write(f"p/c{i}.nii.gz", phantom(i)[1])
+    write("r/c1.nii.gz", phantom(1)[1])
+    write("r1/other.nii.gz", phantom(1)[1])
+    for one, two in (("p", "r/c1.nii.gz"), ("p/c1.nii.gz", "r"), ("p/c1.nii.gz", "r1/other.nii.gz")):
+        assert cps.main(["evaluate", one, two, "--csv", "s.csv"]) == 0
+        assert [float(row["dice"]) for row in table_of("s.csv")] == [1, 1]
+
+def test_a_case_empty_in_both_files_adds_no_label():
+    for i, label in enumerate((phantom(0)[1] // 5 * 2, np.zeros(SHAPE, np.uint8))):
+        write(f"p/c{i}.nii.gz", label)
+    assert cps.main(["evaluate", "p", "p", "--csv", "s.csv"]) == 0
+    assert {row["label"] for row in table_of("s.csv")} == {"2"}
+
 def test_other_labels_than_those_of_the_run_are_refused(capsys):
     make_data()
     assert train(epochs=1) == 0
