@@ -75,10 +75,9 @@ def attempt(function, *args):
     """Call a function; print what the user can mend and return 2. A defect keeps its traceback."""
     try:
         return function(*args)
-    except UserError as error:
-        sentence = error
-    except OSError as error:
-        sentence = f"{error.filename or 'a file'}: {error.strerror or error}"
+    except (UserError, OSError) as error:
+        name = getattr(error, "filename", None)  # of the file that the system refuses
+        sentence = f"{name}: {error.strerror}; check the path and its rights" if name else error
     except (MemoryError, RuntimeError) as error:  # torch has no type of its own for it on a CPU
         if not re.search("^$|out of memory|not enough memory|allocate", str(error)[:200]):
             raise
@@ -767,7 +766,7 @@ def sliding_window(networks, volume, patch, num_classes, overlap=0.5, device="cp
     starts = [[*range(0, s - p, step), s - p] for s, p, step in zip(shape, patch, steps)]
     firsts, starts[axis] = starts[axis], [0]  # along `axis`, corners are counted within the slab
     x, y, z = (np.exp(-0.5 * ((np.arange(p) - (p - 1) / 2) / (p / 8)) ** 2) for p in patch)  # (p,)
-    weight = torch.tensor(np.einsum("x,y,z->xyz", x, y, z), dtype=torch.float32, device=device)
+    weight = torch.tensor(np.einsum("x,y,z->xyz", x, y, z), device=device).float().clamp(1e-3)
     slab = torch.zeros(num_classes, *np.where(np.arange(3) == axis, patch, shape), device=device)
     result = np.zeros(shape, np.uint8)  # all that grows along the axis
     corners, along = [*itertools.product(*starts)], np.eye(3, dtype=int)[axis]
@@ -775,11 +774,12 @@ def sliding_window(networks, volume, patch, num_classes, overlap=0.5, device="cp
         # In twos: for a batch of one, PyTorch's 3D convolution on a CPU is some 5 times slower.
         for pair in itertools.zip_longest(corners[::2], corners[1::2], fillvalue=corners[-1]):
             boxes = [read_box(volume, corner + along * first, patch) for corner in pair]
-            windows, total = torch.from_numpy(np.stack(boxes)[:, None]).to(device), 0
+            windows = torch.from_numpy(np.stack(boxes)[:, None]).to(device)
             for network, axes in itertools.product(networks, flips):
-                total = total + network(windows.flip(axes)).float().softmax(1).flip(axes)
-            for corner, prob in dict(zip(pair, total)).items():  # an odd last one came twice
-                slab[(..., *map(slice, corner, np.add(corner, patch)))] += prob * weight
+                logits = network(windows.flip(axes))  # (2, K, *P); an odd last window came twice
+                for corner, out in dict(zip(pair, logits.flip(axes) if axes else logits)).items():
+                    box = (..., *map(slice, corner, np.add(corner, patch)))
+                    slab[box] += out.float().softmax(0).mul_(weight)
         done, kept = after - first, patch[axis] - (after - first)
         ready = slab.narrow(axis + 1, 0, done).argmax(0).to(torch.uint8).cpu().numpy()
         result.swapaxes(0, axis)[first:after] = ready.swapaxes(0, axis)

@@ -151,7 +151,7 @@ def plain_windows(nets, volume, patch, num_classes, overlap, flips):
     padded = np.pad(volume, [(0, s - n) for s, n in zip(shape, volume.shape)])
     total = torch.zeros(num_classes, *shape, dtype=torch.float64)
     axes = [(torch.arange(p) - (p - 1) / 2) / (p / 8) for p in patch]
-    weight = torch.exp(-sum(g ** 2 for g in torch.meshgrid(*axes, indexing="ij")) / 2)
+    weight = torch.exp(-sum(g ** 2 for g in torch.meshgrid(*axes, indexing="ij")) / 2).clamp(1e-3)
     for s, p in zip(shape, patch):
         firsts = [0]
         while firsts[-1] + p < s:
