@@ -659,16 +659,16 @@ def train(config):
     ids = np.unique(np.concatenate(points)[:, 0]).tolist()
     need(ids, f"{config.data}: all labels are empty; there is nothing to learn")
     with only_user_of(out):
-        names = {part: [case.name for case in cases] for part, cases in split.items()}
+        names = json.dumps({part: [c.name for c in some] for part, some in split.items()}, indent=1)
         if last.exists():
             run = Run.load(last, **{key: getattr(config, key) for key in MAY_CHANGE})
             other = dict(asdict(config).items() - asdict(run.config).items())
-            known = json.loads((out / "split.json").read_text("utf-8")), run.ids
+            known = (out / "split.json").read_text("utf-8", "replace"), run.ids
             other |= {"cases or label ids": ids} if (names, ids) != known else {}
             need(not other, f"{last}: begun with other values than {other}; change them or --out")
         else:
             run = Run(config, ids)
-            for file, text in (("split.json", json.dumps(names, indent=1)),
+            for file, text in (("split.json", names),
                                ("config.json", json.dumps(asdict(config), indent=1)),
                                ("cps.py", Path(__file__).read_text("utf-8"))):
                 with atomic(out / file) as temporary:

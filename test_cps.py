@@ -651,6 +651,9 @@ def test_other_cases_than_those_of_the_run_are_refused(capsys):
     write("data/imagesTr/a.nii.gz", image)
     write("data/labelsTr/a.nii.gz", label)
     assert train("--resume") == 2 and "cases or label ids" in capsys.readouterr().err
+    for spoil in (lambda file: file.write_bytes(b"\xff{"), pathlib.Path.unlink):
+        spoil(pathlib.Path("run/split.json"))
+        assert train("--resume") == 2 and capsys.readouterr().err.count("\n") == 1
 
 def test_predict_never_writes_over_a_scan(trained, capsys):
     write("scans/x.nii.gz", SCAN)
