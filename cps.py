@@ -276,7 +276,7 @@ class Case(NamedTuple):
 def atomic(path):
     """Yield a temporary name beside `path`; rename it to `path` once it is written and on disk.
     A crash, a full disk or a second writer leaves the old file or the new one, never a half."""
-    temporary = Path(path).with_name(f".{os.getpid()}-{time.monotonic_ns()}-{Path(path).name}")
+    temporary = Path(path).parent / f".{os.getpid()}-{time.monotonic_ns()}-{Path(path).name}"
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

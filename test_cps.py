@@ -949,6 +949,7 @@ BAD = [([], "COMMAND"), (["dance"], "dance"), (["train", "nowhere"], "nowhere"),
        (["predict", "no.pt", "bad/label.nii.gz", "out"], "no.pt"),
        (["predict", "CHECKPOINT", "bad/label.nii.gz", "out", "--tta"], "--tta"),
        (["evaluate", "bad/label.nii.gz", "nowhere"], "nowhere"),
+       (["evaluate", "bad/label.nii.gz", "bad/label.nii.gz", "--csv", "."], "."),
        (["train", "data", "--unlabelled", "nowhere"], "nowhere")]
 BAD += [(["train", "data", *flags.split()], flags.split()[0]) for flags in (
     "--nonsense 1", "--batch two", "--batch 0", "--batch -1", "--patch 7 8 8", "--patch 8 8",
