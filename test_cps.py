@@ -666,8 +666,8 @@ def test_evaluate_pairs_a_folder_and_a_file_by_name():
     for i in range(2):
         write(f"p/c{i}.nii.gz", phantom(i)[1])
     write("r/c1.nii.gz", phantom(1)[1])
-    write("r1/other.nii.gz", phantom(1)[1])
-    for one, two in (("p", "r/c1.nii.gz"), ("p/c1.nii.gz", "r"), ("p/c1.nii.gz", "r1/other.nii.gz")):
+    write("r1/x.nii.gz", phantom(1)[1])
+    for one, two in (("p", "r/c1.nii.gz"), ("p/c1.nii.gz", "r"), ("p/c1.nii.gz", "r1/x.nii.gz")):
         assert cps.main(["evaluate", one, two, "--csv", "s.csv"]) == 0
         assert [float(row["dice"]) for row in table_of("s.csv")] == [1, 1]
 
