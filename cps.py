@@ -293,11 +293,11 @@ def atomic(path):
 def only_user_of(folder):
     """Keep other processes out of a run folder. The lock goes with the process, even by kill -9."""
     folder.mkdir(parents=True, exist_ok=True)
-    with closing(sqlite3.connect(folder / ".lock", timeout=0)) as lock:  # on any system alike
-        try:
-            lock.execute("BEGIN EXCLUSIVE")
-        except sqlite3.OperationalError as error:
-            raise UserError(f"{folder}: in use by another run, {error}; change --out") from error
+    try:  # sqlite3 locks on any system alike
+        (lock := sqlite3.connect(folder / ".lock", timeout=0)).execute("BEGIN EXCLUSIVE")
+    except sqlite3.OperationalError as error:
+        raise UserError(f"{folder}: in use by another run, {error}; change --out") from error
+    with closing(lock):
         yield
 
 def list_scans(path):
@@ -509,7 +509,7 @@ def augment(patch, rng, chance):
     if blur:
         patch = ndimage.gaussian_filter(patch, rng.uniform(0.5, 1))  # sd in voxels
     if brightness:
-        patch = patch * rng.uniform(0.75, 1.25)  # of 0, the mean
+        patch = patch * rng.uniform(0.75, 1.25)  # around 0, the mean
     if contrast:
         mean, low, high = patch.mean(), patch.min(), patch.max()
         patch = np.clip((patch - mean) * rng.uniform(0.75, 1.25) + mean, low, high)
