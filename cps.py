@@ -33,7 +33,6 @@ Contents: 1 Configuration, 2 The method, 3 Supervised loss, 4 The network, 5 Dat
 7 Patches, 8 Training, 9 Inference, 10 Evaluation, 11 Command line. Not for clinical use.
 """
 import argparse
-import hashlib
 import inspect
 import io
 import itertools
@@ -57,7 +56,6 @@ from typing import Literal, NamedTuple, get_args, get_origin
 import nibabel as nib
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from torch import nn
@@ -161,22 +159,20 @@ def overlapping_corners(rng, shape, patch, min_overlap):
     corner2, left = corner1.copy(), 1.0  # left: the overlap that the axes so far leave
     for a in rng.permutation(len(patch)):
         reach = int(patch[a] * (1 - min_overlap / left) + 1e-9)
-        low, high = max(corner1[a] - reach, 0), min(corner1[a] + reach, room[a])
-        must = int(left == 1 and high > low)  # no offset yet: leave 0 out of the choice
-        corner2[a] = rng.integers(low, high + 1 - must)
-        corner2[a] += must and corner2[a] >= corner1[a]
+        near = range(max(corner1[a] - reach, 0), min(corner1[a] + reach, room[a]) + 1)
+        moved = [c for c in near if left == 1 and c != corner1[a]]  # no offset yet: leave out 0
+        corner2[a] = rng.choice(moved or near)
         left *= 1 - abs(corner2[a] - corner1[a]) / patch[a]
     return corner1, corner2
 
 def overlap_slices(corner1, corner2, patch):
     """Where the overlap of two crops lies in each: image1[slices1] is image2[slices2], exactly.
-    Two tuples of slices: with d = corner2 - corner1 [max(0, d), P + min(0, d)) of crop 1 and
-    [max(0, -d), P - max(0, d)) of crop 2, in voxels. ValueError if none. Source: geometry."""
-    pairs = [(int(c2) - int(c1), int(p)) for c1, c2, p in zip(corner1, corner2, patch)]  # (d, P)
-    if any(abs(d) >= p for d, p in pairs):
+    Two tuples of slices, in voxels; ValueError if there is no overlap. Source: geometry."""
+    offset = np.subtract(corner2, corner1)  # of crop 2 as seen from crop 1, d; the other way -d
+    if np.any(abs(offset) >= patch):
         raise ValueError(f"crops at {tuple(corner1)} and {tuple(corner2)} do not overlap")
-    return (tuple(slice(max(0, d), p + min(0, d)) for d, p in pairs),
-            tuple(slice(max(0, -d), p - max(0, d)) for d, p in pairs))
+    return tuple(tuple(map(slice, np.maximum(0, d), patch + np.minimum(0, d)))
+                 for d in (offset, -offset))  # [max(0, d), P + min(0, d)) on each axis
 
 def pseudo_label(logits):
     """Hard labels int64 (B, x, y, z) of logits (B, K, x, y, z): no gradient, no threshold [CPS]."""
@@ -222,11 +218,10 @@ class Block(nn.Sequential):
     """Two times 3x3x3 convolution (no bias: the norm undoes it), instance norm, LeakyReLU.
     GroupNorm of single channels is affine InstanceNorm, but keeps channels-last (CPU). [nnU-Net]"""
     def __init__(self, c_in, c_out, stride=1):
-        layers = []
+        super().__init__()
         for c, s in ((c_in, stride), (c_out, 1)):
-            layers += [nn.Conv3d(c, c_out, 3, s, padding=1, bias=False),
-                       nn.GroupNorm(c_out, c_out, eps=1e-5), nn.LeakyReLU(0.01, inplace=True)]
-        super().__init__(*layers)
+            self.extend([nn.Conv3d(c, c_out, 3, s, padding=1, bias=False),
+                         nn.GroupNorm(c_out, c_out, eps=1e-5), nn.LeakyReLU(0.01, inplace=True)])
 
 class UNet3D(nn.Module):
     """Plain 3D U-Net: (B, C, X, Y, Z), sizes divisible by 2^(levels-1), to logits (B, K, X, Y, Z).
@@ -240,12 +235,11 @@ class UNet3D(nn.Module):
         self.merge = nn.ModuleList([Block(2 * a, a) for a, _ in steps[::-1]])
         self.head = nn.Conv3d(ch[0], num_classes, 1)
     def forward(self, x):
-        levels = [x]
+        levels = []
         for block in self.down:
-            levels.append(block(levels[-1]))  # half the size, twice the channels
-        x = levels.pop()  # the deepest one
-        for up, block in zip(self.up, self.merge):
-            x = block(torch.cat((up(x), levels.pop()), dim=1))
+            levels.append(x := block(x))  # half the size, twice the channels
+        for up, block, skipped in zip(self.up, self.merge, levels[-2::-1]):  # x is the deepest one
+            x = block(torch.cat((up(x), skipped), dim=1))
         return self.head(x)  # (B, K, X, Y, Z)
 
 def make_pair(config, num_classes):
@@ -256,11 +250,9 @@ def make_pair(config, num_classes):
         for which, scheme in enumerate(("he", config.init_b)):
             torch.manual_seed(2 * config.seed + which)  # another seed for each: trap number one
             networks.append(UNet3D(num_classes, config.base_channels, config.levels))
-            for p in networks[-1].parameters():
-                if p.ndim == 5:  # of a convolution; LeakyReLU's slope 0.01 is next to none
-                    draws[scheme](p)
-            for layer in (*networks[-1].up, networks[-1].head):
-                nn.init.zeros_(layer.bias)
+            for name, p in networks[-1].named_parameters():  # the norms begin as 1 and 0
+                if p.ndim == 5 or name.endswith("bias"):  # LeakyReLU's slope is next to none
+                    (draws[scheme] if p.ndim == 5 else nn.init.zeros_)(p)
     return networks
 
 # 5. Data: NIfTI files in, memory-mapped arrays out ================================================
@@ -286,40 +278,35 @@ def atomic(path):
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; make room or change it") from error
     finally:
-        if temporary.exists():
-            temporary.unlink()
+        temporary.unlink(True)  # if it is still there
 
-@contextmanager
 def only_user_of(folder):
-    """Keep other processes out of a run folder. The lock goes with the process, even by kill -9."""
+    """Context that keeps other processes out of a run folder; even kill -9 ends the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     try:  # sqlite3 locks on any system alike
         (lock := sqlite3.connect(folder / ".lock", timeout=0)).execute("BEGIN EXCLUSIVE")
     except sqlite3.OperationalError as error:
         raise UserError(f"{folder}: in use by another run, {error}; change --out") from error
-    with closing(lock):
-        yield
+    return closing(lock)
 
-def list_scans(path):
-    """{case name: path} of a NIfTI file or a folder of them; nnU-Net's `_0000` is not in a name."""
-    path, scans = Path(path), {}  # the suffix .nii.gz defeats Path.stem
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if found := re.fullmatch(r"([^.].*?)(_0000)?\.nii(\.gz)?", file.name):
-            other = scans.get(found[1]) or scans.get(found[1].removesuffix("_0001"))
-            need(not other, f"{file}: of the same case as {other}; keep one image a case")
-            scans[found[1]] = file
-    need(scans, f"{path}: no .nii or .nii.gz file here; give a scan or a folder of scans")
+def list_scans(*paths):
+    """{case name: path} of NIfTI files or folders of them; nnU-Net's `_0000` is not in a name."""
+    scans, match = {}, re.compile(r"([^.].*?)(_0000)?\.nii(\.gz)?").fullmatch  # not Path.stem
+    for path in map(Path, paths):
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        found = {file: match(file.name)[1] for file in files if match(file.name)}
+        need(found, f"{path}: no .nii or .nii.gz file here; give a scan or a folder of scans")
+        for file, name in found.items():
+            other = scans.get(name.removesuffix("_0001")) or scans.setdefault(name, file)
+            need(other is file, f"{file}: of the same case as {other}; keep one image a case")
     return scans
 
 def split_cases(config):
     """Find the cases of config.data: {"labelled", "unlabelled", "val", "test"}, lists of Case. What
     is beyond --labelled N loses its label here: no later line can read it."""
     root = Path(config.data)
-    images, labels = list_scans(root / "imagesTr"), list_scans(root / "labelsTr")
-    for folder in [*filter(Path.is_dir, [root / "imagesUn"]), *config.unlabelled]:
-        twice = images.keys() & (more := list_scans(folder)).keys()
-        need(not twice, f"{folder}: has {min(twice, default='')} of {root} again; remove one")
-        images |= more
+    more = [*filter(Path.is_dir, [root / "imagesUn"]), *config.unlabelled]
+    images, labels = list_scans(root / "imagesTr", *more), list_scans(root / "labelsTr")
     orphans = sorted(labels.keys() - images.keys())
     need(not orphans, f"{root}/labelsTr: no image in imagesTr for {orphans[:5]}; add or remove")
     known = np.random.default_rng(0).permutation(sorted(labels)).tolist()  # all seeds: same tests
@@ -341,22 +328,20 @@ def read_scan(path, is_label=False, canonical=True, like=None):
     try:
         scan = nib.load(path)
         need(scan.get_data_dtype().kind in "iuf", f"its voxels are {scan.get_data_dtype()}")
-        volume = scan.get_fdata(dtype=np.float32, caching="unchanged")
+        need(scan.ndim > 2 and {*scan.shape[3:]} <= {1}, f"its shape {scan.shape} is not 3D")
+        volume = scan.get_fdata(dtype=np.float32, caching="unchanged").reshape(scan.shape[:3])
         spacing, axes = nib.affines.voxel_sizes(scan.affine), nib.io_orientation(scan.affine)
-        need(volume.ndim > 2 and volume.size and volume.shape[3:] in ((), (1,), (1, 1)),
-             f"its shape {volume.shape} is not that of one 3D volume")
         need(all(1e-3 < s < 1e3 for s in spacing) and not np.isnan(axes).any(),
              f"its spacing {spacing.round(6).tolist()} mm is impossible")
-        need(np.isfinite(volume).all(), "it holds NaN or infinite values")
+        need(volume.size and np.isfinite(volume).all(), "it is empty, or holds NaN or infinity")
         need(like is None or scan.shape == like.shape and np.allclose(
             scan.affine, like.affine, atol=0.01), "its shape or affine is not that of the image")
         ids = np.unique(volume) if is_label else np.zeros(1)
-        wrong = ids[(abs(ids - ids.round()) > 1e-3) | (ids < -1e-3) | (ids > 255)]
+        wrong = ids[abs(ids - ids.round().clip(0, 255)) > 1e-3]
         need(not wrong.size, f"labels {wrong[:3]} are no whole numbers from 0 to 255")
     except Exception as error:  # a broken file makes nibabel, gzip and numpy raise a dozen types
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: cannot be used, {reason}; replace or mend the file") from error
-    volume = volume.reshape(volume.shape[:3])
     volume = volume.round().astype(np.uint8) if is_label else volume
     if canonical:  # in one memory order too: then sums, and so results, agree to the bit
         volume = np.ascontiguousarray(nib.apply_orientation(volume, axes))
@@ -366,7 +351,7 @@ def read_scan(path, is_label=False, canonical=True, like=None):
 def resample(volume, shape, is_label=False):
     """Resample (X, Y, Z), edges aligned: linear; labels nearest, as 2 is not between 1 and 3."""
     grid, mode = torch.from_numpy(volume)[None, None], "nearest-exact" if is_label else "trilinear"
-    return F.interpolate(grid, tuple(shape), mode=mode)[0, 0].numpy()
+    return nn.functional.interpolate(grid, tuple(shape), mode=mode)[0, 0].numpy()
 
 def preprocess(volume, spacing, config, path):
     """Clip, resample, z-score of a volume [paper, scope ours], in place if it can: float32.
@@ -386,7 +371,7 @@ def prepare_case(case, config):
     and x, y, z of up to 1000 voxels of each label. The names hold a hash of files and settings."""
     files = [file for file in (case.image, case.label) if file]
     key = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    key = hashlib.sha256(repr((key, config.clip, config.spacing)).encode()).hexdigest()[:16]
+    key = zlib.crc32(repr((key, config.clip, config.spacing)).encode())
     parts = ("image", "label", "points", "info") if case.label else ("image", "info")
     paths = [f"{config.cache}/{case.name}-{key}.{part}.npy" for part in parts]
     try:
@@ -395,17 +380,16 @@ def prepare_case(case, config):
         volume, spacing, scan = read_scan(case.image)
         arrays = [preprocess(volume, spacing, config, case.image).astype(np.float16)]
         if case.label:
-            label, *_ = read_scan(case.label, is_label=True, like=scan)
-            label = resample(label, arrays[0].shape, is_label=True)
-            points, rng = [np.zeros((0, 4), int)], np.random.default_rng(0)
+            label = resample(read_scan(case.label, True, like=scan)[0], arrays[0].shape, True)
+            rng, points = np.random.default_rng(0), [np.zeros((0, 4), int)]
             for value in np.unique(label[label > 0]):
                 xyz = rng.permutation(np.argwhere(label == value))[:1000]  # (n, 3)
                 points.append(np.insert(xyz, 0, value, axis=1))
             arrays += [label, np.concatenate(points).astype(np.int32)]
         info = np.array((*(config.spacing or spacing), zlib.crc32(arrays[0])))
         for path, array in zip(paths, [*arrays, info]):
-            with atomic(path) as temporary, open(temporary, "wb") as file:
-                np.save(file, array)
+            with atomic(path) as temporary:
+                np.save(temporary, array)
     return case._replace(arrays=tuple(paths[:-1]), info=tuple(info.tolist()))
 
 def for_each(what, items, one, threads=1):
