@@ -1,11 +1,10 @@
 """cps.py: context-aware cross pseudo supervision (CPS) for 3D medical image segmentation.
 
 Two 3D U-Nets, A and B, of one structure but different initialisation, learn from a few labelled and
-many unlabelled scans. Each sees its own patch of an unlabelled volume; the patches overlap, and on
-the overlap the hard label of one network supervises the other. They see the same voxels in other
-surroundings, so they agree only by getting the voxels right whatever the context. Paper: P. Liu and
-G. Zheng, Cross Pseudo Supervision for Semi-supervised Medical Image Segmentation, FLARE 2022; it
-builds on CPS (Chen et al., CVPR 2021).
+many unlabelled scans. Each sees its own patch of an unlabelled volume; where the two overlap, the
+hard label of one network supervises the other. They see the same voxels in other surroundings, so
+they agree only by getting them right whatever the context. Paper: P. Liu and G. Zheng, Cross Pseudo
+Supervision for Semi-supervised Medical Image Segmentation, FLARE 2022; CPS: Chen et al., CVPR 2021.
 
     python cps.py train                     a phantom, no data needed: minutes on two CPU cores
     python cps.py train DATA --labelled 8   your scans (MSD / nnU-Net layout), 8 of them with labels
@@ -24,13 +23,10 @@ The loss of step t, with labelled patches (x, y) and two overlapping crops u1, u
 
 Shapes: B batch, C channels, K classes (0 is background), X Y Z voxels of a volume in RAS+ (x to the
 right, y to the front, z to the head), P patch, x y z voxels of a patch or of an overlap.
-
 Where the paper is silent: random overlaps on all axes; A and B swap crops each step; lam is ramped
 up; two draws of He-normal (or --init-b xavier); 250 steps an epoch (fits its 96 h); nnU-Net's
 augmentation, unmirrored, as kidneys have sides; validation chooses the checkpoint; A predicts.
-
-Contents: 1 Configuration, 2 The method, 3 Supervised loss, 4 The network, 5 Data, 6 Phantom,
-7 Patches, 8 Training, 9 Inference, 10 Evaluation, 11 Command line. Not for clinical use.
+Contents: grep '^# [0-9]' cps.py; section 2 is the method. Not for clinical use.
 """
 import argparse
 import inspect
@@ -129,17 +125,16 @@ class Config:
                   for name in ("momentum", "min_overlap")} | {
             "patch": len(self.patch) == 3 and all(p > 0 and p % stride == 0 for p in self.patch)
             and max(self.patch) > stride or f"3 multiples of {stride}, not all {stride}",
-            "clip": len(self.clip) in (0, 2) and [*self.clip] == sorted({*self.clip})
-            and abs(sum(self.clip)) < inf or "LOW HIGH, or auto",
+            "clip": not self.clip or len(self.clip) == 2
+            and -inf < self.clip[0] < self.clip[1] < inf or "LOW HIGH, or auto",
             "spacing": len(self.spacing) in (0, 3) and all(0.01 <= s <= 100 for s in self.spacing)
             or "X Y Z in mm, or native", "mirror": {*self.mirror} <= {*"xyz"} or "some of x, y, z",
             "device": self.device in ("auto", "cpu") or gpu or "cpu, or a GPU that is there"}
         for name, value in vars(self).items():
             low = Config.__annotations__[name] is int and name not in "labelled, seed, workers"
-            if type(value) in (int, float):
-                wanted.setdefault(name, low <= value < inf or f"{low:d} or more")
-            need(wanted.get(name, True) is True,
-                 f"--{name.replace('_', '-')} {value}: must be {wanted.get(name)}")
+            usual = type(value) not in (int, float) or low <= value < inf or f"{low:d} or more"
+            holds = wanted.get(name, usual)  # True, or what it must be
+            need(holds is True, f"--{name.replace('_', '-')} {value}: must be {holds}")
 
 PRESETS = {"paper": {}, "quick": {  # momentum 0.99 wants more than some hundred steps [measured]
     "patch": (32, 48, 32), "base_channels": 8, "levels": 4, "epochs": 20, "epoch_steps": 20,
@@ -151,13 +146,12 @@ def overlapping_corners(rng, shape, patch, min_overlap):
     """Draw the corners of two patches of one volume that share at least `min_overlap` of a patch.
     rng: numpy Generator; shape, patch: voxels, an entry an axis. Returns two int arrays within
     [0, shape - patch]; both are 0 on an axis where the volume is smaller: they are padded alike.
-    They share r = prod(1 - |d_a| / P_a), d the offset. Rejection would hardly ever end in 3D: in
-    random order each axis spends what is left. r = 1, plain CPS, only without room. [ours]"""
+    They share r = prod(1 - |d_a| / P_a), d the offset; 1, plain CPS, only without room. [ours]"""
     patch = np.asarray(patch)
     room = np.maximum(np.asarray(shape) - patch, 0)  # for the corner, on each axis
     corner1 = rng.integers(0, room + 1)  # anywhere in the volume
     corner2, left = corner1.copy(), 1.0  # left: the overlap that the axes so far leave
-    for a in rng.permutation(len(patch)):
+    for a in rng.permutation(len(patch)):  # spends what is left; rejection hardly ever ends in 3D
         reach = int(patch[a] * (1 - min_overlap / left) + 1e-9)
         near = range(max(corner1[a] - reach, 0), min(corner1[a] + reach, room[a]) + 1)
         moved = [c for c in near if left == 1 and c != corner1[a]]  # no offset yet: leave out 0
@@ -168,11 +162,10 @@ def overlapping_corners(rng, shape, patch, min_overlap):
 def overlap_slices(corner1, corner2, patch):
     """Where the overlap of two crops lies in each: image1[slices1] is image2[slices2], exactly.
     Two tuples of slices, in voxels; ValueError if there is no overlap. Source: geometry."""
-    offset = np.subtract(corner2, corner1)  # of crop 2 as seen from crop 1, d; the other way -d
-    if np.any(abs(offset) >= patch):
+    d = np.subtract(corner2, corner1)  # in crop 1 the overlap is [max(0, d), P + min(0, d))
+    if np.any(abs(d) >= patch):
         raise ValueError(f"crops at {tuple(corner1)} and {tuple(corner2)} do not overlap")
-    return tuple(tuple(map(slice, np.maximum(0, d), patch + np.minimum(0, d)))
-                 for d in (offset, -offset))  # [max(0, d), P + min(0, d)) on each axis
+    return [tuple(map(slice, np.maximum(0, o), patch + np.minimum(0, o))) for o in (d, -d)]
 
 def pseudo_label(logits):
     """Hard labels int64 (B, x, y, z) of logits (B, K, x, y, z): no gradient, no threshold [CPS]."""
@@ -180,11 +173,10 @@ def pseudo_label(logits):
 
 def cross_pseudo_loss(logits_a, logits_b, valid=None, dice=True):
     """L_cps: each network learns the other's hard label on the voxels that both see.
-    logits_a, logits_b: (B, K, x, y, z), both cut to the overlap. valid: bool (B, x, y, z), False
-    for padding, which must not be learned as background. dice: l is Dice + CE, else CE. A scalar;
-    no gradient goes through a target. Source: CPS, with the paper's Dice + CE (section 3)."""
+    logits_a, logits_b: (B, K, x, y, z), both cut to the overlap; valid: bool (B, x, y, z), not on
+    padding; dice: l is Dice + CE, else CE. Returns a scalar. Source: CPS; Dice + CE: the paper."""
     label_a, label_b = pseudo_label(logits_a), pseudo_label(logits_b)  # (B, x, y, z), no gradient
-    if valid is not None:
+    if valid is not None:  # padding must not be learned as background
         label_a, label_b = label_a.masked_fill(~valid, -1), label_b.masked_fill(~valid, -1)
     return dice_ce_loss(logits_a, label_b, dice=dice) + dice_ce_loss(logits_b, label_a, dice=dice)
 
@@ -197,14 +189,13 @@ def rampup(step, length):
 def dice_ce_loss(logits, target, ignore_index=-1, dice=True):
     """Soft Dice loss + cross-entropy, for true and for pseudo labels; dice=False: cross-entropy.
     logits: (B, K, x, y, z); target: int64 (B, x, y, z), 0..K-1, or `ignore_index` for voxels that
-    count in neither part. Returns a scalar, 0 where all is ignored (a plain mean: NaN). Dice is per
-    patch and class, then a mean: what a patch adds does not hang on its batch. [paper, nnU-Net]"""
+    count in neither part. Returns a scalar, 0, not NaN, where all is ignored. [paper, nnU-Net]"""
     valid = target != ignore_index  # (B, x, y, z)
     target = target.masked_fill(~valid, 0)[:, None]  # (B, 1, x, y, z)
     log_prob = logits.float().log_softmax(dim=1)  # (B, K, x, y, z); half precision would spoil it
     nll = -log_prob.gather(1, target)[:, 0] * valid  # (B, x, y, z)
     loss = nll.flatten(1).sum(1) / valid.flatten(1).sum(1).clamp(min=1)  # (B,)
-    if dice:
+    if dice:  # per patch and class, then a mean: what a patch adds does not hang on its batch
         prob = log_prob.exp() * valid[:, None]  # (B, K, x, y, z)
         one_hot = torch.zeros_like(prob).scatter_(1, target, valid[:, None].to(prob.dtype))
         prob, one_hot = prob[:, 1:].flatten(2), one_hot[:, 1:].flatten(2)  # (B, K-1, xyz)
@@ -215,19 +206,17 @@ def dice_ce_loss(logits, target, ignore_index=-1, dice=True):
 
 # 4. The network ===================================================================================
 class Block(nn.Sequential):
-    """Two times 3x3x3 convolution (no bias: the norm undoes it), instance norm, LeakyReLU.
-    GroupNorm of single channels is affine InstanceNorm, but keeps channels-last (CPU). [nnU-Net]"""
+    """Twice 3x3x3 convolution (no bias: the norm undoes it), instance norm, LeakyReLU [nnU-Net]."""
     def __init__(self, c_in, c_out, stride=1):
-        super().__init__()
+        super().__init__()  # GroupNorm of single channels: InstanceNorm that keeps channels-last
         for c, s in ((c_in, stride), (c_out, 1)):
             self.extend([nn.Conv3d(c, c_out, 3, s, padding=1, bias=False),
                          nn.GroupNorm(c_out, c_out, eps=1e-5), nn.LeakyReLU(0.01, inplace=True)])
 
 class UNet3D(nn.Module):
-    """Plain 3D U-Net: (B, C, X, Y, Z), sizes divisible by 2^(levels-1), to logits (B, K, X, Y, Z).
-    Strided convolutions down, transposed ones up. Source: nnU-Net, without deep supervision."""
+    """Plain 3D U-Net: (B, C, X, Y, Z), sizes divisible by 2^(levels-1), to (B, K, X, Y, Z)."""
     def __init__(self, num_classes, base_channels, levels, in_channels=1):
-        super().__init__()
+        super().__init__()  # Source: nnU-Net, without deep supervision
         ch = [min(base_channels * 2**i, 320) for i in range(levels)]  # 32, 64, 128, 256, 320
         steps = [*itertools.pairwise(ch)]  # (32, 64), (64, 128) ...
         self.down = nn.ModuleList([Block(in_channels, ch[0]), *(Block(a, b, 2) for a, b in steps)])
@@ -243,12 +232,11 @@ class UNet3D(nn.Module):
         return self.head(x)  # (B, K, X, Y, Z)
 
 def make_pair(config, num_classes):
-    """Networks A and B: one structure, two draws of the weights, biases 0 [paper]. From one seed
-    they would always agree and teach each other nothing; `train` logs how far they do at first."""
+    """Networks A and B: one structure, two draws of the weights, biases 0 [paper]."""
     networks, draws = [], {"he": nn.init.kaiming_normal_, "xavier": nn.init.xavier_normal_}
     with torch.random.fork_rng(devices=[]):  # leaves the caller's generator alone
         for which, scheme in enumerate(("he", config.init_b)):
-            torch.manual_seed(2 * config.seed + which)  # another seed for each: trap number one
+            torch.manual_seed(2 * config.seed + which)  # of one seed, they would always agree
             networks.append(UNet3D(num_classes, config.base_channels, config.levels))
             for name, p in networks[-1].named_parameters():  # the norms begin as 1 and 0
                 if p.ndim == 5 or name.endswith("bias"):  # LeakyReLU's slope is next to none
@@ -266,19 +254,19 @@ class Case(NamedTuple):
 
 @contextmanager
 def atomic(path):
-    """Yield a temporary name beside `path`; rename it to `path` once it is written and on disk.
-    A crash, a full disk or a second writer leaves the old file or the new one, never a half."""
+    """Yield a temporary name beside `path`; rename it to `path` once it is written and on disk."""
     temporary = Path(path).parent / f".{os.getpid()}-{time.monotonic_ns()}-{Path(path).name}"
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        temporary.replace(path)
+        temporary.replace(path)  # a crash or a full disk leaves the old file or the new, no half
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; make room or change it") from error
     finally:
-        temporary.unlink(True)  # if it is still there
+        if temporary.exists():
+            temporary.unlink()
 
 def only_user_of(folder):
     """Context that keeps other processes out of a run folder; even kill -9 ends the lock."""
@@ -323,8 +311,7 @@ def split_cases(config):
 
 def read_scan(path, is_label=False, canonical=True, like=None):
     """Read a NIfTI file: volume (X, Y, Z), float32 or uint8, spacing in mm (3,), nibabel image.
-    canonical: turned to RAS+, so that left and right are in their places however it is stored;
-    `write_like` turns back. like: an image on whose grid it must lie. UserError if no scan."""
+    canonical: turned to RAS+; like: an image on whose grid it must lie. UserError if no scan."""
     try:
         scan = nib.load(path)
         need(scan.get_data_dtype().kind in "iuf", f"its voxels are {scan.get_data_dtype()}")
@@ -336,9 +323,8 @@ def read_scan(path, is_label=False, canonical=True, like=None):
         need(volume.size and np.isfinite(volume).all(), "it is empty, or holds NaN or infinity")
         need(like is None or scan.shape == like.shape and np.allclose(
             scan.affine, like.affine, atol=0.01), "its shape or affine is not that of the image")
-        ids = np.unique(volume) if is_label else np.zeros(1)
-        wrong = ids[abs(ids - ids.round().clip(0, 255)) > 1e-3]
-        need(not wrong.size, f"labels {wrong[:3]} are no whole numbers from 0 to 255")
+        wrong = volume[abs(volume - volume.round().clip(0, 255)) > 1e-3] if is_label else ()
+        need(not len(wrong), f"labels {np.unique(wrong)[:3]} are no whole numbers from 0 to 255")
     except Exception as error:  # a broken file makes nibabel, gzip and numpy raise a dozen types
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: cannot be used, {reason}; replace or mend the file") from error
@@ -354,10 +340,9 @@ def resample(volume, shape, is_label=False):
     return nn.functional.interpolate(grid, tuple(shape), mode=mode)[0, 0].numpy()
 
 def preprocess(volume, spacing, config, path):
-    """Clip, resample, z-score of a volume [paper, scope ours], in place if it can: float32.
-    The clip is first: no implant bleeds into its neighbours or decides mean and sd."""
+    """Clip, resample, z-score of a volume [paper, scope ours], in place if it can: float32."""
     low, high = config.clip or np.percentile(volume, (0.5, 99.5))  # HU, or whatever unit
-    np.clip(volume, low, high, out=volume)
+    np.clip(volume, low, high, out=volume)  # first: no implant spreads, or decides mean and sd
     if config.spacing:
         size = np.multiply(volume.shape, spacing) / config.spacing
         volume = resample(volume, [max(1, round(n)) for n in size])
@@ -369,9 +354,8 @@ def prepare_case(case, config):
     """The case with its arrays in the cache, made only where they are missing, damaged or stale.
     image: float16, finer than 1 HU in the paper's window; label: uint8; points: int32 (n, 4), id
     and x, y, z of up to 1000 voxels of each label. The names hold a hash of files and settings."""
-    files = [file for file in (case.image, case.label) if file]
-    key = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    key = zlib.crc32(repr((key, config.clip, config.spacing)).encode())
+    files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in case[1:3] if f]
+    key = zlib.crc32(repr((files, config.clip, config.spacing)).encode())
     parts = ("image", "label", "points", "info") if case.label else ("image", "info")
     paths = [f"{config.cache}/{case.name}-{key}.{part}.npy" for part in parts]
     try:
@@ -382,9 +366,8 @@ def prepare_case(case, config):
         if case.label:
             label = resample(read_scan(case.label, True, like=scan)[0], arrays[0].shape, True)
             rng, points = np.random.default_rng(0), [np.zeros((0, 4), int)]
-            for value in np.unique(label[label > 0]):
-                xyz = rng.permutation(np.argwhere(label == value))[:1000]  # (n, 3)
-                points.append(np.insert(xyz, 0, value, axis=1))
+            points += [np.insert(rng.permutation(np.argwhere(label == i))[:1000], 0, i, axis=1)
+                       for i in np.unique(label[label > 0])]  # (n, 4) each
             arrays += [label, np.concatenate(points).astype(np.int32)]
         info = np.array((*(config.spacing or spacing), zlib.crc32(arrays[0])))
         for path, array in zip(paths, [*arrays, info]):
@@ -425,15 +408,13 @@ def progress(what, done, total, start):
         print(f"{what} {done}/{total}, {left} left  ", end="\r\n"[done == total], flush=True)
 
 # 6. Phantom: something to segment on any machine ==================================================
-# name, centre and radii in half body widths (x right, y front, z up), HU. The kidneys are one shape
-# and one intensity: only what lies around them tells right from left. The first 4 get no label.
-ORGANS = (("fat", (0, 0, 0), (1, 0.9, 4), -90), ("muscle", (0, 0, 0), (0.9, 0.8, 4), 45),
-          ("spine", (0, -0.6, 0), (0.16, 0.18, 3), 350), ("stomach", (-0.3, 0.42, 0.35),
-          (0.3, 0.28, 0.36), 70), ("liver", (0.42, 0.16, 0.42), (0.42, 0.5, 0.5), 110),
-          ("spleen", (-0.58, -0.14, 0.42), (0.26, 0.34, 0.42), 130),
-          ("right kidney", (0.4, -0.34, -0.5), (0.24, 0.24, 0.4), 170),
-          ("left kidney", (-0.4, -0.34, -0.5), (0.24, 0.24, 0.4), 170),
-          ("aorta", (0, -0.2, 0), (0.14, 0.14, 3), 195))
+# name, centre and radii in % of half the body's width (x right, y front, z up), HU; 4 have no label
+ORGANS = (("fat", (0, 0, 0), (100, 90, 400), -90), ("muscle", (0, 0, 0), (90, 80, 400), 45),
+          ("spine", (0, -60, 0), (16, 18, 300), 350), ("stomach", (-30, 42, 35), (30, 28, 36), 70),
+          ("liver", (42, 16, 42), (42, 50, 50), 110), ("spleen", (-58, -14, 42), (26, 34, 42), 130),
+          ("right kidney", (40, -34, -50), (24, 24, 40), 170),  # of one shape and intensity:
+          ("left kidney", (-40, -34, -50), (24, 24, 40), 170),  # only the surroundings tell
+          ("aorta", (0, -20, 0), (14, 14, 300), 195))
 
 def phantom_volume(rng, shape=(48, 48, 40)):
     """A body in RAS+: image float (X, Y, Z) in HU and label uint8. Place, size and outline of the
@@ -443,22 +424,21 @@ def phantom_volume(rng, shape=(48, 48, 40)):
         coordinate += rng.uniform(1.3, 3.7) * ndimage.gaussian_filter(rng.standard_normal(shape), 5)
     image, label, phase = np.full(shape, -1000.0), np.zeros(shape, np.uint8), rng.uniform(0.8, 1.2)
     for i, (_, centre, radii, hu) in enumerate(ORGANS, -3):
-        centre = np.add(centre, rng.uniform(-0.06, 0.06, 3) * (i > -2))
-        radii = np.multiply(radii, rng.uniform(0.9, 1.1, 3) if i > -2 else 1)
+        centre = np.divide(centre, 100) + rng.uniform(-0.06, 0.06, 3) * (i > -2)
+        radii = np.divide(radii, 100) * (rng.uniform(0.9, 1.1, 3) if i > -2 else 1)
         organ = sum(((g - c) / r) ** 2 for g, c, r in zip(grid, centre, radii)) < 1  # an ellipsoid
         image[organ], label[organ] = hu * phase * rng.uniform(0.95, 1.05), max(0, i)
     image = ndimage.gaussian_filter(image, rng.uniform(0.4, 0.8)) + rng.uniform(-10, 10)  # scanner
     return image + rng.normal(0, rng.uniform(10, 30), shape), label
 
 def make_phantom(folder):
-    """Write what is missing of it: 12 labelled (Tr), 24 unlabelled (Un), 4 test cases (Ts), in LPS
-    as scanners do: nothing may work only because arrays happen to be RAS+."""
+    """Write what is missing of it: 12 labelled (Tr), 24 unlabelled (Un), 4 test cases (Ts)."""
     for group, part, count in ((0, "Tr", 12), (1, "Un", 24), (2, "Ts", 4)):
         for i, kind in itertools.product(range(count), ("labels", "images")[part == "Un":]):
             path = Path(folder) / (kind + part) / f"phantom{part}{i:02}.nii.gz"
             if not path.exists():
                 array = phantom_volume(np.random.default_rng((group, i)))[kind == "labels"]
-                array = array[::-1, ::-1].round().astype(np.int16)
+                array = array[::-1, ::-1].round().astype(np.int16)  # LPS: never RAS+ by luck
                 with atomic(path) as temporary:
                     nib.save(nib.Nifti1Image(array, np.diag((-6.0, -6.0, 6.0, 1.0))), temporary)
 
