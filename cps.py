@@ -480,9 +480,9 @@ def make_phantom(folder):
 
 # 7. Patches: batch number i, from (seed, i) alone =================================================
 def read_box(volume, corner, shape, matrix=None, outside=0):
-    """Cut a box out of a volume (X, Y, Z), maybe memory-mapped: only the box is read. corner: array.
+    """Cut a box out of a volume (X, Y, Z), maybe memory-mapped: only it is read. corner: an array.
     Returns float32, 0 (the mean) outside the volume; with outside=-1, for labels, int16, -1 there.
-    matrix (3, 3) maps offsets from the box's centre to offsets in the volume: rotation and scale."""
+    matrix (3, 3) maps offsets from the box's centre to those in the volume: rotation and scale."""
     if matrix is not None:  # read the box that covers the turned one, and turn it: linear, nearest
         half = np.ceil(np.abs(matrix) @ (shape / 2)).astype(int) + 1
         wide = read_box(volume, corner + shape // 2 - half, 2 * half + 1, None, outside)
