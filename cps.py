@@ -755,7 +755,7 @@ def sliding_window(networks, volume, patch, num_classes, overlap=0.5, device="cp
     x, y, z = (np.exp(-0.5 * ((np.arange(p) - (p - 1) / 2) / (p / 8)) ** 2) for p in patch)  # (p,)
     weight = torch.tensor(np.einsum("x,y,z->xyz", x, y, z), device=device).float().clamp(1e-3)
     slab = torch.zeros(num_classes, *np.where(np.arange(3) == axis, patch, shape), device=device)
-    result, layers = torch.zeros(*shape, dtype=torch.uint8), slab.movedim(axis + 1, 1)  # a view
+    result = torch.zeros(*shape, dtype=torch.uint8)  # all that grows along the axis
     corners, along = [*itertools.product(*starts)], np.eye(3, dtype=int)[axis]
     for first, after in itertools.pairwise([*firsts, shape[axis]]):
         # In twos: for a batch of one, PyTorch's 3D convolution on a CPU is some 5 times slower.
@@ -768,8 +768,8 @@ def sliding_window(networks, volume, patch, num_classes, overlap=0.5, device="cp
                     box = (..., *map(slice, corner, np.add(corner, patch)))
                     slab[box] += out.float().softmax(0).mul_(weight)
         done = after - first
-        result.movedim(axis, 0)[first:after] = layers[:, :done].argmax(0)
-        for layer in layers:  # class by class: to move all at once would take half a slab more
+        result.narrow(axis, first, done).copy_(slab.narrow(axis + 1, 0, done).argmax(0))
+        for layer in slab.movedim(axis + 1, 1):  # one by one: all at once would take half a slab
             layer[:-done] = layer[done:].clone()
             layer[-done:] = 0
     return result.numpy()[tuple(map(slice, volume.shape))]
