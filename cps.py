@@ -444,10 +444,9 @@ def make_phantom(folder):
 
 # 7. Patches: batch number i, from (seed, i) alone =================================================
 def read_box(volume, corner, shape, matrix=None, outside=0):
-    """Cut a box out of a volume (X, Y, Z), maybe memory-mapped: only the box is read. Returns
-    float32, 0 (the mean) outside the volume; with outside=-1, for labels, int16, -1 there. matrix
-    (3, 3) maps offsets from the box's centre to offsets in the volume: rotation and scale."""
-    corner, shape = np.asarray(corner), np.asarray(shape)
+    """Cut a box out of a volume (X, Y, Z), maybe memory-mapped: only it is read. corner: an array.
+    Returns float32, 0 (the mean) outside the volume; with outside=-1, for labels, int16, -1 there.
+    matrix (3, 3) maps offsets from the box's centre to those in the volume: rotation and scale."""
     if matrix is not None:  # read the box that covers the turned one, and turn it: linear, nearest
         half = np.ceil(np.abs(matrix) @ (shape / 2)).astype(int) + 1
         wide = read_box(volume, corner + shape // 2 - half, 2 * half + 1, None, outside)
@@ -494,7 +493,7 @@ class Patches(torch.utils.data.Dataset):
     def __init__(self, config, split, ids, rank=0):
         self.config, self.split, self.patch = config, split, np.array(config.patch)
         self.which = range(rank * config.batch, (rank + 1) * config.batch)  # patches g of this rank
-        self.class_of = np.searchsorted([0, *ids], range(256))  # label id -> class
+        self.class_of = np.append(np.searchsorted([0, *ids], range(256)), -1)  # label id -> class
     def __len__(self):
         return self.config.epochs * self.config.epoch_steps
     def __getitem__(self, step):
@@ -507,13 +506,13 @@ class Patches(torch.utils.data.Dataset):
             labelled.append(self.labelled_patch(cases[0], rng, centred=(step + g) % 2 == 1))
             pairs += [self.unlabelled_pair(case, rng)[::1 - step % 2 * 2] for case in cases[1:]]
             names += [case.name for case in cases]
-        images, target = zip(*labelled)
+        images, target, _ = zip(*labelled)
         images = [np.stack([*images, *(pair[i][0] for pair in pairs)])[:, None] for i in (0, 1)]
         valid = np.stack([pair[0][1] for pair in pairs] or target) >= 0  # of A; the same in B
         tensors = [torch.from_numpy(array) for array in (*images, np.stack(target), valid)]
         return {"tensors": tensors, "overlaps": [(a[2], b[2]) for a, b in pairs], "names": names}
     def crops(self, case, rng, corners):
-        """The patches at some corners of a case, each (image float32, classes int64, -1 outside):
+        """The patches at one or two corners: (image float32, classes int64 or -1 outside, overlap),
         from one box turned as a whole, so that overlaps stay boxes; intensities change apart."""
         low, high = np.min(corners, axis=0), np.max(corners, axis=0) + self.patch  # the box
         volume, *label = (np.load(path, mmap_mode="r") for path in case.arrays[:2])
@@ -523,8 +522,8 @@ class Patches(torch.utils.data.Dataset):
         image, label = (np.flip(read_box(array, low, high - low, matrix, outside), axes)
                         for array, outside in ((volume, 0), (label, -1)))
         boxes = [tuple(map(slice, corner - low, corner - low + self.patch)) for corner in corners]
-        return [(augment(image[box], rng, self.config.intensity),
-                 np.where(label[box] < 0, -1, self.class_of[label[box]])) for box in boxes]
+        return [(augment(image[box], rng, self.config.intensity), self.class_of[label[box]], where)
+                for box, where in zip(boxes, overlap_slices(corners[0], corners[-1], self.patch))]
     def labelled_patch(self, case, rng, centred):
         """A patch and its classes; `centred` on a random voxel of a random class of the case, which
         is nnU-Net's remedy for small organs. It needs the label: on unlabelled cases, a leak."""
@@ -535,15 +534,12 @@ class Patches(torch.utils.data.Dataset):
             corner = np.clip(points[rng.integers(len(points)), 1:] - self.patch // 2, 0, room)
         return self.crops(case, rng, [corner])[0]
     def unlabelled_pair(self, case, rng):
-        """Two crops of one volume, each (image, 0 or -1 outside, slices of the overlap); of method
-        `cps` they are equal, which is its only difference."""
+        """Two crops of a volume; of method `cps` they are equal, which is its only difference."""
         shape = np.load(case.arrays[0], mmap_mode="r").shape
         corners = overlapping_corners(rng, shape, self.patch, self.config.min_overlap)
-        corners = corners if self.config.method == "context" else (corners[0], corners[0])
-        overlaps = overlap_slices(*corners, self.patch)
-        return [(*crop, where) for crop, where in zip(self.crops(case, rng, corners), overlaps)]
+        return self.crops(case, rng, corners[:1] * 2 if self.config.method == "cps" else corners)
 
-# 8. Training ======================================================================================
+# 8. Training: train_step is the heart, the rest is bookkeeping ====================================
 def train_step(networks, optimisers, batch, lam, config, scaler, autocast):
     """The heart: one optimiser step of A and of B on a batch of `Patches`.
     Returns float (4,): loss_sup, loss_cps, and on the overlaps the share of voxels on which A and B
@@ -571,7 +567,6 @@ def train_step(networks, optimisers, batch, lam, config, scaler, autocast):
     scaler.update()
     return torch.stack((sup, cps, agreement, foreground)).detach()
 
-# ---- The heart ends here. The rest is bookkeeping.
 class Run:
     """All that changes while training, which is all that a checkpoint holds."""
     def __init__(self, config, ids):
@@ -580,9 +575,8 @@ class Run:
         self.config, self.ids = config, ids
         self.networks = [n.to(self.device, memory_format=torch.channels_last_3d)
                          for n in make_pair(config, len(ids) + 1)]
-        self.optimisers = [torch.optim.SGD(n.parameters(), config.lr, config.momentum,
-                                           weight_decay=config.weight_decay, nesterov=True)
-                           for n in self.networks]
+        self.optimisers = [torch.optim.SGD(n.parameters(), momentum=config.momentum, nesterov=True,
+                                           weight_decay=config.weight_decay) for n in self.networks]
         amp, bf16 = gpu and config.amp, gpu and torch.cuda.get_device_capability(self.device) > (8,)
         self.autocast = torch.autocast(self.device.type, [torch.float16, torch.bfloat16][bf16], amp)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp and not bf16)  # fp16 needs
@@ -599,8 +593,7 @@ class Run:
     def load(cls, path, **changes):
         """The run of a checkpoint, some fields of its config changed. Code in it is not run."""
         try:
-            with zipfile.ZipFile(path) as file:  # torch does not look at the checksums
-                need(not file.testzip(), "it is damaged")
+            need(not zipfile.ZipFile(path).testzip(), "it is damaged")  # torch skips the checksums
             state = torch.load(path, map_location="cpu", weights_only=True)  # no code of a pickle
             run = cls(Config(**state.pop("config") | changes), state["ids"])
             own = (*run.networks, *run.optimisers, run.scaler)
@@ -632,18 +625,17 @@ def train(config):
             need(not other, f"{last}: begun with other values than {other}; change them or --out")
         else:
             run = Run(config, ids)
-            for file, text in (("split.json", names),
-                               ("config.json", json.dumps(asdict(config), indent=1)),
-                               ("cps.py", Path(__file__).read_text("utf-8"))):
+            texts = names, json.dumps(asdict(config), indent=1), Path(__file__).read_text("utf-8")
+            for file, text in zip(("split.json", "config.json", "cps.py"), texts):
                 with atomic(out / file) as temporary:
                     temporary.write_text(text, "utf-8")
             run.save("last.pt")
         train_loop(run, Patches(config, split, ids), split["val"])
-        part, ts = "test" if split["test"] else "val", Path(f"{config.data}/imagesTs").is_dir()
+        part = "test" if split["test"] else "val"
+        images = max(Path(config.data).glob("imagesT[rs]"))  # of test cases, if there are any
         results = validate(Run.load(best, device=config.device), split[part], tolerance=2.0)
         print(f"\n{best}: mean Dice {run.best:.4f} on the {len(split['val'])} cases that chose it",
               f"\n{len(results)} {part} cases:\n{table(results, '2 mm')}" if results else "")
-        images = f"{config.data}/imagesT{'rs'[ts]}"
         print(f"\nNext: python cps.py predict {best} {images} {out}/predictions")
         return {"best_dice": run.best, "checkpoint": best, "steps": run.step, "results": results}
 
@@ -651,12 +643,11 @@ def train_loop(run, patches, val):
     """From the step of `run` to the last; each epoch a row, a checkpoint and maybe validation."""
     config, device, gpu, stop = run.config, run.device, run.device.type == "cuda", []
     def note(number, frame):  # a first signal lets the step end, a second one ends the process
-        stop.append(signal.signal(number, signal.SIG_DFL))
+        stop.append(signal.signal(number, signal.SIG_DFL))  # loader workers inherit it: Ctrl-C too
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     torch.backends.cudnn.benchmark = gpu  # one patch size: the search for kernels pays
-    loader = torch.utils.data.DataLoader(
-        patches, None, sampler=range(run.step, len(patches)), num_workers=gpu * config.workers,
-        pin_memory=gpu)  # forked workers inherit `note`: a Ctrl-C, sent to them too, spares them
+    loader = torch.utils.data.DataLoader(patches, None, sampler=range(run.step, len(patches)),
+                                         num_workers=gpu * config.workers, pin_memory=gpu)
     images = patches[run.step]["tensors"][0].to(device)
     with torch.no_grad(), run.autocast:
         a, b = (pseudo_label(network(images)) for network in run.networks)
@@ -693,16 +684,15 @@ def end_epoch(run, patches, val, lr, lam, start, steps):
         need(False, f"{config.out}: loss not finite from step {bad[0]} on, {names}; lower --lr")
     if epoch % config.validate_epochs == 0 or epoch == config.epochs:
         scores = [d for case in validate(run, val).values() for d, _ in case.values()]  # Dice
-        dice = float(np.mean(scores)) if scores else nan
+        dice = float(np.mean(scores or nan))
     means[1:] = means[1:] if config.method != "supervised" else [nan] * 3
     run.rows.append((run.step, lr, lam, *means, dice, seconds))
     run.sums.zero_()
     names = "step,lr,lam,loss_sup,loss_cps,agreement,foreground,dice,seconds"
     with atomic(Path(config.out) / "log.csv") as temporary:  # all rows anew: no gap, no double
         np.savetxt(temporary, run.rows, "%.6g", ",", header=names, comments="")
-    left = timedelta(seconds=int(seconds * (len(patches) - run.step)))
     print("{:6} {:8.5f} {:5.2f} {:8.4f} {:8.4f} {:10.3f} {:11.4f} {:7.4f} {:7.3f}  {}".format(
-        *run.rows[-1], left), flush=True)
+        *run.rows[-1], timedelta(seconds=int(seconds * (len(patches) - run.step)))), flush=True)
     if dice > run.best or epoch == config.epochs and not val:
         run.best = dice
         run.save("best.pt")
@@ -710,12 +700,10 @@ def end_epoch(run, patches, val, lr, lam, start, steps):
 
 def validate(run, cases, tolerance=None):
     """{case: {id: (Dice, NSD)}} of prepared cases, on the grid of the cache."""
-    results = {}
-    for case in cases:
+    def one(case):
         image, label, _ = (np.load(path, mmap_mode="r") for path in case.arrays)
-        found = np.array([0, *run.ids])[segment(run, image)]
-        results[case.name] = evaluate_case(found, label, case.info[:3], run.ids, tolerance)
-    return results
+        return evaluate_case(segment(run, image), label, case.info[:3], run.ids, tolerance)
+    return {case.name: one(case) for case in cases}
 
 # 9. Inference =====================================================================================
 @torch.inference_mode()
@@ -726,13 +714,12 @@ def sliding_window(networks, volume, patch, num_classes, overlap=0.5, device="cp
     the sums only a slab exists, on the axis where it is smallest: what is done becomes uint8."""
     shape = np.maximum(volume.shape, patch)  # with the padding
     axis = int(np.argmin(np.asarray(patch) / shape))
-    steps = [max(1, int(p * (1 - overlap))) for p in patch]
-    starts = [[*range(0, s - p, step), s - p] for s, p, step in zip(shape, patch, steps)]
+    starts = [[*range(0, s - p, int(p * (1 - overlap)) or 1), s - p] for s, p in zip(shape, patch)]
     firsts, starts[axis] = starts[axis], [0]  # along `axis`, corners are counted within the slab
     x, y, z = (np.exp(-0.5 * ((np.arange(p) - (p - 1) / 2) / (p / 8)) ** 2) for p in patch)  # (p,)
     weight = torch.tensor(np.einsum("x,y,z->xyz", x, y, z), device=device).float().clamp(1e-3)
     slab = torch.zeros(num_classes, *np.where(np.arange(3) == axis, patch, shape), device=device)
-    result = np.zeros(shape, np.uint8)  # all that grows along the axis
+    result = torch.zeros(*shape, dtype=torch.uint8)  # all that grows along the axis
     corners, along = [*itertools.product(*starts)], np.eye(3, dtype=int)[axis]
     for first, after in itertools.pairwise([*firsts, shape[axis]]):
         # In twos: for a batch of one, PyTorch's 3D convolution on a CPU is some 5 times slower.
@@ -744,13 +731,12 @@ def sliding_window(networks, volume, patch, num_classes, overlap=0.5, device="cp
                 for corner, out in dict(zip(pair, logits.flip(axes) if axes else logits)).items():
                     box = (..., *map(slice, corner, np.add(corner, patch)))
                     slab[box] += out.float().softmax(0).mul_(weight)
-        done, kept = after - first, patch[axis] - (after - first)
-        ready = slab.narrow(axis + 1, 0, done).argmax(0).to(torch.uint8).cpu().numpy()
-        result.swapaxes(0, axis)[first:after] = ready.swapaxes(0, axis)
-        for layer in slab:  # class by class: to move all at once would take half a slab more
-            layer.narrow(axis, 0, kept).copy_(layer.narrow(axis, done, kept).clone())
-            layer.narrow(axis, kept, done).zero_()
-    return result[tuple(map(slice, volume.shape))]
+        done = after - first
+        result.narrow(axis, first, done).copy_(slab.narrow(axis + 1, 0, done).argmax(0))
+        for layer in slab.movedim(axis + 1, 1):  # one by one: all at once would take half a slab
+            layer[:-done] = layer[done:].clone()
+            layer[-done:] = 0
+    return result.numpy()[tuple(map(slice, volume.shape))]
 
 def largest_components(labels):
     """Keep the largest component (of voxels that share a face) of each label of uint8 (X, Y, Z)."""
@@ -762,22 +748,21 @@ def largest_components(labels):
     return kept  # uint8 (X, Y, Z)
 
 def segment(run, volume, networks="a", largest=True, flips=((),)):
-    """Classes uint8 (X, Y, Z) of a preprocessed volume: sliding window, largest components."""
+    """Label ids uint8 (X, Y, Z) of a preprocessed volume: sliding window, largest components."""
     networks = {"a": run.networks[:1], "b": run.networks[1:], "both": run.networks}[networks]
     with run.autocast:
         classes = sliding_window(networks, volume, run.config.patch, len(run.ids) + 1,
                                  device=run.device, flips=flips)
-    return largest_components(classes) if largest else classes
+    return np.array([0, *run.ids], np.uint8)[largest_components(classes) if largest else classes]
 
 def write_like(labels, scan, path):
     """Write RAS+ labels uint8 (X, Y, Z) as NIfTI in shape, orientation and geometry of a scan."""
     header, ras = scan.header.copy(), [(0, 1), (1, 1), (2, 1)]
     back = nib.orientations.ornt_transform(ras, nib.io_orientation(scan.affine))
-    header.set_data_dtype(np.uint8)  # whatever the scan has
     header["cal_min"] = header["cal_max"] = 0  # the display window of the scan
     labels = nib.apply_orientation(labels, back).reshape(scan.shape)
     with atomic(path) as temporary:  # affine None: the header keeps its qform, sform and codes
-        nib.save(type(scan)(labels, None, header), temporary)
+        nib.save(type(scan)(labels, None, header, dtype=np.uint8), temporary)
 
 def predict(
         checkpoint: str,  # best.pt or last.pt of a run
@@ -795,20 +780,18 @@ def predict(
     def one(name, path):
         need(path.parent.resolve() != Path(out).resolve(), f"{path}: is in OUT_DIR; choose another")
         volume, spacing, scan = read_scan(path)
-        grid = preprocess(volume, spacing, run.config, path)
-        labels = resample(segment(run, grid, networks, largest, flips), volume.shape, is_label=True)
-        write_like(np.array([0, *run.ids], np.uint8)[labels], scan, Path(out) / f"{name}.nii.gz")
+        ids = segment(run, preprocess(volume, spacing, run.config, path), networks, largest, flips)
+        write_like(resample(ids, volume.shape, is_label=True), scan, Path(out) / f"{name}.nii.gz")
     return for_each("predicting", list_scans(images), one)
 
 # 10. Evaluation ===================================================================================
 FLARE22 = {1: 5, 2: 3, 3: 3, 4: 5, 5: 2, 6: 2, 7: 2, 8: 2, 9: 2, 10: 3, 11: 5, 12: 7, 13: 3}  # mm
 # Normals in eighths of the triangles at a voxel corner, by the code of its 2x2x2 voxels (128 ... 1
 # in C order) [google-deepmind/surface-distance]; mirrors, turns, complement give all 256 codes.
-SURFELS = {1: ((1, 1, 1),), 3: ((2, 2, 0),) * 2, 6: ((1, 1, 1),) * 2, 24: ((1, 1, 1),) * 2,
-           7: ((4, 0, 0), (2, 2, 2), (1, 1, 1)), 22: ((1, 1, 1),) * 3, 105: ((1, 1, 1),) * 4,
-           25: ((0, 2, 2), (0, 2, 2), (1, 1, 1)), 23: ((1, 1, 1), (2, 2, 2)) * 2,
-           15: ((4, 0, 0),) * 2, 27: ((1, 1, 1), (3, 3, 3), (0, 2, 2), (2, 0, 2)),
-           30: ((4, 0, 0), (1, 1, 1), (1, 1, 1), (2, 2, 2)), 60: ((2, 2, 0),) * 4}
+SURFELS = {1: ["111"], 3: ["220"] * 2, 6: ["111"] * 2, 24: ["111"] * 2, 7: ["400", "222", "111"],
+           15: ["400"] * 2, 22: ["111"] * 3, 23: ["111", "222"] * 2, 25: ["022", "022", "111"],
+           27: ["111", "333", "022", "202"], 30: ["400", "111", "111", "222"], 60: ["220"] * 4,
+           105: ["111"] * 4}
 
 def surfel_areas(spacing):
     """float (256,): area in mm2 of the surface at a voxel corner, by code; spacing in mm (3,)."""
@@ -816,16 +799,9 @@ def surfel_areas(spacing):
     turns = itertools.product(itertools.permutations(range(3)), *[(1, -1)] * 3)
     for (axes, i, j, k), (code, rows) in itertools.product(turns, SURFELS.items()):
         twin = np.unpackbits(np.uint8(code)).reshape(2, 2, 2).transpose(axes)[::i, ::j, ::k]
-        for bits in (twin, 1 - twin):  # the complement has the same surface
-            normals[np.packbits(bits)[0], :len(rows)] = np.array(rows)[:, axes]
+        codes = np.packbits((twin, 1 - twin))  # the complement has the same surface
+        normals[codes, :len(rows)] = np.array([*map(list, rows)], float)[:, axes]
     return np.linalg.norm(normals / 8 * (s1 * s2, s0 * s2, s0 * s1), axis=2).sum(axis=1)
-
-def corner_codes(mask):
-    """uint8 (X+1, Y+1, Z+1): which of the 8 voxels at each corner belong to a bool mask."""
-    padded, codes = np.pad(mask, 1).view(np.uint8), np.zeros(np.add(mask.shape, 1), np.uint8)
-    for bit, offset in enumerate(itertools.product((0, 1), repeat=3)):
-        codes |= padded[tuple(slice(o, o + n) for o, n in zip(offset, codes.shape))] << (7 - bit)
-    return codes
 
 def dice(pred, ref):
     """Dice coefficient of two bool arrays: 1 if both are empty, 0 if one is [FLARE22]."""
@@ -839,11 +815,13 @@ def surface_dice(pred, ref, spacing, tolerance):
     if not pred.any() or not ref.any():
         return float(pred.any() == ref.any())
     box = ndimage.find_objects((pred | ref).view(np.uint8))[0]
-    codes = [corner_codes(mask[box]) for mask in (pred, ref)]  # (x+1, y+1, z+1) each
-    surfaces = [(code != 0) & (code != 255) for code in codes]  # corners where both kinds meet
+    bits = (128 >> np.arange(8)).reshape(2, 2, 2)  # of the code of the voxels at a corner
+    codes = [ndimage.correlate(np.pad(mask[box], (0, 1)).view(np.uint8), bits, mode="constant")
+             for mask in (pred, ref)]  # uint8 (x+1, y+1, z+1), between 0 and 255 at the surface
     areas, near, total = surfel_areas(spacing), 0.0, 0.0  # (256,), mm2, mm2
-    for code, here, there in zip(codes, surfaces, surfaces[::-1]):
-        distance = ndimage.distance_transform_edt(~there, sampling=spacing)[here]  # mm, (n,)
+    for code, other in (codes, codes[::-1]):
+        here = code % 255 > 0
+        distance = ndimage.distance_transform_edt(other % 255 == 0, sampling=spacing)[here]  # mm
         area = areas[code[here]]  # mm2 of each surface corner
         near, total = near + area[distance <= tolerance].sum(), total + area.sum()
     return float(near / total)  # mm2 by mm2
@@ -852,30 +830,25 @@ def evaluate_case(pred, ref, spacing, labels, tolerances=None, flare22=False):
     """{label: (Dice, NSD)} of two integer arrays (X, Y, Z); spacing in mm in array order.
     tolerances in mm: one, or one a label (sequence or dict); None: no NSD (NaN). flare22: 4 digits,
     NSD 0 below Dice 0.2, tubes without the reference's last slice (a single slice is kept)."""
-    if tolerances is not None and not isinstance(tolerances, dict):
+    if not isinstance(tolerances, dict):
         tolerances = dict(zip(labels, np.broadcast_to(tolerances, len(labels))))
     boxes = [ndimage.find_objects(a.astype(np.uint8, copy=False), 255) for a in (pred, ref)]
     results = {}
     for label in labels:
-        found = [b[label - 1] for b in boxes]  # slices, or None where the label is nowhere
-        if None in found:
-            results[label] = (1.0, 1.0) if found == [None, None] else (0.0, 0.0)
-            continue
-        box = [slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(*found)]
-        if flare22 and label in (5, 6, 10):
-            z = found[1][2]  # slices of the reference
+        found = [b[label - 1] for b in boxes if b[label - 1]]  # slices, where the label is there
+        box = [slice(min(s.start for s in axis), max(s.stop for s in axis)) for axis in zip(*found)]
+        if flare22 and label in (5, 6, 10) and boxes[1][label - 1]:
+            *_, z = boxes[1][label - 1]  # slices of the reference
             box[2] = slice(z.start, max(z.stop - 1, z.start + 1))
         p, r = (a[tuple(box)] == label for a in (pred, ref))
-        dsc, nsd = dice(p, r), nan
-        if tolerances is not None:
-            nsd = 0.0 if flare22 and dsc < 0.2 else surface_dice(p, r, spacing, tolerances[label])
-        results[label] = (round(dsc, 4), round(nsd, 4)) if flare22 else (dsc, nsd)
+        d, t = dice(p, r), tolerances[label]
+        nsd = nan if t is None else 0.0 if flare22 and d < 0.2 else surface_dice(p, r, spacing, t)
+        results[label] = (round(d, 4), round(nsd, 4)) if flare22 else (d, nsd)
     return results
 
 def table(results, tolerance):
     """Text table of {case: {label: (Dice, NSD)}}: mean +- sd over the cases, a row a label."""
-    scores = np.array([[*case.values()] for case in results.values()])  # (cases, labels, 2)
-    scores = np.concatenate((scores, scores.mean(1, keepdims=True)), axis=1)
+    scores = np.array([[*c.values(), np.mean([*c.values()], axis=0)] for c in results.values()])
     rows = [f"{'label':5} {'Dice':>16}  {'NSD (' + tolerance + ')':>16}"]
     for name, m, s in zip([*next(iter(results.values())), "mean"], scores.mean(0), scores.std(0)):
         rows.append(f"{name:<5} {m[0]:.4f} +- {s[0]:.4f}  {m[1]:.4f} +- {s[1]:.4f}")
@@ -887,13 +860,12 @@ def evaluate(
         flare22: bool = False,  # organs, tolerances and rules of the challenge
         tolerance: float = 2.0,  # of the surface Dice, in mm
         csv: str = ""):  # also write the scores of each case to this file
-    """Dice and surface Dice of segmentations. Returns the exit code. A missing prediction counts as
-    empty; the challenge's own code would leave the case out."""
+    """Dice and surface Dice of segmentations. Returns the exit code."""
     known, found, results = list_scans(references), list_scans(predictions), {}
     found |= {} if any(map(os.path.isdir, (predictions, references))) else {min(known): predictions}
     def one(name, path):
         ref, _, scan = read_scan(path, is_label=True, canonical=False)
-        if name not in found:
+        if name not in found:  # the challenge's own code would leave the case out
             print(f"warning: {name}: no prediction, counted as empty", file=sys.stderr)
         pred = np.zeros_like(ref) if name not in found else read_scan(
             found[name], is_label=True, canonical=False, like=scan)[0]
@@ -923,39 +895,36 @@ def add_flags(parser, target):
         options = {"action": argparse.BooleanOptionalAction} if kind is bool else {
             "choices": items} if kind is Literal else {"type": kind} if kind is not tuple else {
             "type": number if items[0] is float else items[0], "nargs": "+"}
-        if p.default is not p.empty:
-            options |= {"nargs": "?"} if name == "data" else {"default": argparse.SUPPRESS}
-            name = name if name == "data" else "--" + name.replace("_", "-")
+        options |= {"nargs": "?"} if name == "data" else {"default": argparse.SUPPRESS}
+        if p.default is not p.empty and name != "data":
+            name = "--" + name.replace("_", "-")
         parser.add_argument(name, help=comments[p.name].replace("%", "%%"), **options)
 
 def config_from(data=None, preset=None, **given):
     """Config of flags on top of a preset; without DATA that of the phantom."""
     given = {key: value if type(value) is not list else tuple(i for i in value if i is not None)
              for key, value in given.items()}
-    name = Path(data).resolve().name if data else "phantom"
-    given.setdefault("out", f"runs/{name}-{given.get('method', 'context')}")
-    given["preset"] = preset or ("paper" if data else "quick")  # minutes on a CPU without DATA
+    preset = preset or ("paper" if data else "quick")  # minutes on a CPU without DATA
     if data is None:
         make_phantom(data := "runs/phantom")
         given = {"val": 4.0} | given
-    return Config(**PRESETS[given["preset"]] | {"data": data} | given)
+    out = f"runs/{Path(data).resolve().name}-{given.get('method', 'context')}"
+    return Config(**PRESETS[preset] | {"data": data, "preset": preset, "out": out} | given)
 
 def main(argv=None):
     """Run a command. Returns its exit code: 0, 1 (some cases failed), 2 (bad input), 130."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="name")
     for function in (train, predict, evaluate):
         text = function.__doc__.split(". ")[0] + "."
         p = commands.add_parser(function.__name__, help=text, description=text, allow_abbrev=False)
         add_flags(p, Config if function is train else function)
         p.error = parser.error = lambda text: need(False, f"{text}; see cps.py [COMMAND] --help")
-    def run():
-        args = vars(parser.parse_args(argv))
-        command = globals()[args.pop("command")]
-        return train(config_from(**args)) and 0 if command is train else command(**args)
+    def run(name, **args):
+        return train(config_from(**args)) and 0 if name == "train" else globals()[name](**args)
     nib.imageglobals.logger.setLevel("CRITICAL")  # what is wrong with a scan, an error says
     try:
-        return attempt(run)
+        return attempt(lambda: run(**vars(parser.parse_args(argv))))
     except KeyboardInterrupt as error:
         print(f"\ninterrupted: {error}", file=sys.stderr)
         return 130
