@@ -28,22 +28,11 @@ up; two draws of He-normal (or --init-b xavier); 250 steps an epoch (fits its 96
 augmentation, unmirrored, as kidneys have sides; validation chooses the checkpoint; A predicts.
 Contents: grep '^# [0-9]' cps.py; section 2 is the method. Not for clinical use.
 """
-import argparse
-import inspect
-import io
-import itertools
-import json
-import os
-import re
-import signal
-import sqlite3
-import sys
-import time
-import zipfile
-import zlib
+import argparse, importlib.util, inspect, io, itertools, json, os, platform  # noqa: E401
+import re, signal, sqlite3, sys, time, zipfile, zlib  # noqa: E401
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from math import ceil, inf, nan
 from pathlib import Path
@@ -52,9 +41,12 @@ from typing import Literal, NamedTuple, get_args, get_origin
 import nibabel as nib
 import numpy as np
 import torch
-from scipy import ndimage
+import torch.distributed as dist
+from scipy import ndimage, stats
 from scipy.spatial.transform import Rotation
 from torch import nn
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 
 
 # 1. Configuration =================================================================================
@@ -69,7 +61,7 @@ def attempt(function, *args):
     """Call a function; print what the user can mend and return 2. A defect keeps its traceback."""
     try:
         return function(*args)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, ModuleNotFoundError) as error:
         name = getattr(error, "filename", None)  # of the file that the system refuses
         sentence = f"{name}: {error.strerror}; check the path and its rights" if name else error
     except (MemoryError, RuntimeError) as error:  # torch has no type of its own for it on a CPU
@@ -267,6 +259,12 @@ def atomic(path):
     finally:
         if temporary.exists():
             temporary.unlink()
+
+def write_text(path, text):
+    """Write a text, or rows as CSV."""
+    with atomic(path) as temporary:
+        lines = [text] if type(text) is str else (",".join(map(str, row)) + "\n" for row in text)
+        temporary.write_text("".join(lines), "utf-8")
 
 def only_user_of(folder):
     """Context that keeps other processes out of a run folder; even kill -9 ends the lock."""
@@ -497,7 +495,7 @@ class Patches(torch.utils.data.Dataset):
     def __len__(self):
         return self.config.epochs * self.config.epoch_steps
     def __getitem__(self, step):
-        labelled, pairs, names = [], [], []  # of pairs A sees the first crop, at odd steps B
+        labelled, pairs = [], []  # of pairs A sees the first crop, at odd steps B
         parts = ("labelled", "unlabelled")[:1 if self.config.method == "supervised" else 2]
         for g in self.which:
             rng = np.random.default_rng((self.config.seed, step, g))  # all chance of patch g
@@ -505,12 +503,11 @@ class Patches(torch.utils.data.Dataset):
                      for u, part in zip(rng.random(2), parts)]  # the first is alike for all methods
             labelled.append(self.labelled_patch(cases[0], rng, centred=(step + g) % 2 == 1))
             pairs += [self.unlabelled_pair(case, rng)[::1 - step % 2 * 2] for case in cases[1:]]
-            names += [case.name for case in cases]
         images, target, _ = zip(*labelled)
         images = [np.stack([*images, *(pair[i][0] for pair in pairs)])[:, None] for i in (0, 1)]
         valid = np.stack([pair[0][1] for pair in pairs] or target) >= 0  # of A; the same in B
         tensors = [torch.from_numpy(array) for array in (*images, np.stack(target), valid)]
-        return {"tensors": tensors, "overlaps": [(a[2], b[2]) for a, b in pairs], "names": names}
+        return {"tensors": tensors, "overlaps": [(a[2], b[2]) for a, b in pairs]}
     def crops(self, case, rng, corners):
         """The patches at one or two corners: (image float32, classes int64 or -1 outside, overlap),
         from one box turned as a whole, so that overlaps stay boxes; intensities change apart."""
@@ -583,6 +580,8 @@ class Run:
         self.step, self.best, self.rows, self.sums = 0, -1.0, [], torch.zeros(4, device=self.device)
     def save(self, name):
         """Write a checkpoint of tensors and plain values, which loads with weights_only."""
+        if rank():
+            return
         need(self.sums.isfinite().all(), f"{self.config.out}: the loss is not finite; lower --lr")
         state = {k: getattr(self, k) for k in ("ids", "step", "best", "rows", "sums")}
         parts = [part.state_dict() for part in (*self.networks, *self.optimisers, self.scaler)]
@@ -593,6 +592,14 @@ class Run:
     def load(cls, path, **changes):
         """The run of a checkpoint, some fields of its config changed. Code in it is not run."""
         try:
+            if Path(path).suffix == ".onnx":  # written by `export`: for inference only
+                import onnxruntime  # optional
+                file = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+                saved = json.loads(file.get_modelmeta().custom_metadata_map["cps"])
+                run = cls(Config(**saved["config"] | changes), saved["ids"])
+                run.networks = [lambda x: torch.from_numpy(
+                    file.run(None, {"image": x.cpu().numpy()})[0]).to(x.device)]
+                return run
             need(not zipfile.ZipFile(path).testzip(), "it is damaged")  # torch skips the checksums
             state = torch.load(path, map_location="cpu", weights_only=True)  # no code of a pickle
             run = cls(Config(**state.pop("config") | changes), state["ids"])
@@ -605,17 +612,22 @@ class Run:
             reason = str(error).split("\n")[0][:200] or type(error).__name__
             raise UserError(f"{path}: cannot be loaded as a checkpoint, {reason}") from error
 
-def train(config):
+def rank():
+    """Number of this process among those of torchrun; 0 saves and reports, also if alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+def train(config: Config):
     """Train a pair of networks. Returns {"best_dice", "checkpoint", "steps", "results"}: validation
     Dice; {case: {id: (Dice, NSD)}} of the test cases, or, if there are none, of validation."""
     out, last, best = Path(config.out), Path(config.out) / "last.pt", f"{config.out}/best.pt"
-    need(config.resume or not last.exists(), f"{out}: holds a run; --resume it, or change --out")
+    need(config.resume or rank() or not last.exists(),
+         f"{out}: holds a run; --resume it, or change --out")
     print(*(f"{key}={value}" for key, value in asdict(config).items()), flush=True)
     split = prepare(split_cases(config), config)  # all is checked before anything is trained
     points = [np.load(c.arrays[2]) for cases in split.values() for c in cases if c.label]
     ids = np.unique(np.concatenate(points)[:, 0]).tolist()
     need(ids, f"{config.data}: all labels are empty; there is nothing to learn")
-    with only_user_of(out):
+    with nullcontext() if rank() else only_user_of(out):
         names = json.dumps({part: [c.name for c in some] for part, some in split.items()}, indent=1)
         if last.exists():
             run = Run.load(last, **{key: getattr(config, key) for key in MAY_CHANGE})
@@ -627,31 +639,38 @@ def train(config):
             run = Run(config, ids)
             texts = names, json.dumps(asdict(config), indent=1), Path(__file__).read_text("utf-8")
             for file, text in zip(("split.json", "config.json", "cps.py"), texts):
-                with atomic(out / file) as temporary:
-                    temporary.write_text(text, "utf-8")
+                write_text(out / file, text)
             run.save("last.pt")
-        train_loop(run, Patches(config, split, ids), split["val"])
+        train_loop(run, Patches(config, split, ids, rank()), split["val"])
+        if rank():
+            return {}
         part = "test" if split["test"] else "val"
         images = max(Path(config.data).glob("imagesT[rs]"))  # of test cases, if there are any
-        results = validate(Run.load(best, device=config.device), split[part], tolerance=2.0)
+        found = Run.load(best, device=config.device)
+        results = validate(found, split[part], tolerance=2.0)
         print(f"\n{best}: mean Dice {run.best:.4f} on the {len(split['val'])} cases that chose it",
               f"\n{len(results)} {part} cases:\n{table(results, '2 mm')}" if results else "")
         print(f"\nNext: python cps.py predict {best} {images} {out}/predictions")
-        return {"best_dice": run.best, "checkpoint": best, "steps": run.step, "results": results}
+        if importlib.util.find_spec("matplotlib"):  # optional
+            figure(run, found, split["val"][:3])
+        return {"best_dice": run.best, "checkpoint": best, "steps": run.step, "results": results,
+                "run": found, "test": split["test"],
+                "minutes": sum(row[-1] for row in run.rows) * config.epoch_steps / 60}
 
 def train_loop(run, patches, val):
     """From the step of `run` to the last; each epoch a row, a checkpoint and maybe validation."""
     config, device, gpu, stop = run.config, run.device, run.device.type == "cuda", []
     def note(number, frame):  # a first signal lets the step end, a second one ends the process
         stop.append(signal.signal(number, signal.SIG_DFL))  # loader workers inherit it: Ctrl-C too
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)
+              if not dist.is_initialized()}  # a process that waits for others must not go on
+    networks = run.networks
+    if dist.is_initialized():  # averages the gradients of all processes
+        networks = [nn.parallel.DistributedDataParallel(network) for network in networks]
     torch.backends.cudnn.benchmark = gpu  # one patch size: the search for kernels pays
     loader = torch.utils.data.DataLoader(patches, None, sampler=range(run.step, len(patches)),
                                          num_workers=gpu * config.workers, pin_memory=gpu)
-    images = patches[run.step]["tensors"][0].to(device)
-    with torch.no_grad(), run.autocast:
-        a, b = (pseudo_label(network(images)) for network in run.networks)
-    print(f"{device}, step {run.step}: A and B agree on {(a == b).float().mean():.1%} of voxels\n"
+    print(f"{device}, from step {run.step} on\n"
           "  step       lr   lam loss_sup loss_cps  agreement  foreground    dice  s/step      ETA")
     start, first = time.monotonic(), run.step
     try:
@@ -661,7 +680,7 @@ def train_loop(run, patches, val):
             lr = config.lr * 0.5 ** (run.step // config.epoch_steps // config.halve_epochs)
             for optimiser in run.optimisers:
                 optimiser.param_groups[0]["lr"] = lr
-            run.sums += train_step(run.networks, run.optimisers, batch, lam, config, run.scaler,
+            run.sums += train_step(networks, run.optimisers, batch, lam, config, run.scaler,
                                    run.autocast)
             run.step += 1  # what a checkpoint calls done
             progress("step", run.step - first, len(patches) - first, start)
@@ -674,23 +693,23 @@ def train_loop(run, patches, val):
     finally:
         list(map(signal.signal, before, before.values()))
 
+LOG = "step lr lam loss_sup loss_cps agreement foreground dice seconds".split()  # of log.csv
+
 def end_epoch(run, patches, val, lr, lam, start, steps):
     """Validate if it is time, log a row, write last.pt and, if this is the best, best.pt."""
+    if dist.is_initialized():
+        dist.all_reduce(run.sums.div_(dist.get_world_size()))  # their mean
     config, dice, means = run.config, nan, (run.sums / run.config.epoch_steps).tolist()  # waits
     epoch, seconds = run.step // config.epoch_steps, (time.monotonic() - start) / steps
-    if not np.isfinite(means).all():
-        bad = range(run.step - config.epoch_steps, run.step)
-        names = sorted({name for step in bad for name in patches[step]["names"]})[:8]
-        need(False, f"{config.out}: loss not finite from step {bad[0]} on, {names}; lower --lr")
+    need(np.isfinite(means).all(), f"{config.out}: the loss is not finite; lower --lr")
     if epoch % config.validate_epochs == 0 or epoch == config.epochs:
         scores = [d for case in validate(run, val).values() for d, _ in case.values()]  # Dice
         dice = float(np.mean(scores or nan))
     means[1:] = means[1:] if config.method != "supervised" else [nan] * 3
     run.rows.append((run.step, lr, lam, *means, dice, seconds))
     run.sums.zero_()
-    names = "step,lr,lam,loss_sup,loss_cps,agreement,foreground,dice,seconds"
-    with atomic(Path(config.out) / "log.csv") as temporary:  # all rows anew: no gap, no double
-        np.savetxt(temporary, run.rows, "%.6g", ",", header=names, comments="")
+    if not rank():  # all rows anew: no gap, no double
+        write_text(f"{config.out}/log.csv", [LOG, *run.rows])
     print("{:6} {:8.5f} {:5.2f} {:8.4f} {:8.4f} {:10.3f} {:11.4f} {:7.4f} {:7.3f}  {}".format(
         *run.rows[-1], timedelta(seconds=int(seconds * (len(patches) - run.step)))), flush=True)
     if dice > run.best or epoch == config.epochs and not val:
@@ -698,11 +717,12 @@ def end_epoch(run, patches, val, lr, lam, start, steps):
         run.save("best.pt")
     run.save("last.pt")
 
-def validate(run, cases, tolerance=None):
+def validate(run, cases, tolerance=None, networks="a"):
     """{case: {id: (Dice, NSD)}} of prepared cases, on the grid of the cache."""
     def one(case):
         image, label, _ = (np.load(path, mmap_mode="r") for path in case.arrays)
-        return evaluate_case(segment(run, image), label, case.info[:3], run.ids, tolerance)
+        found = segment(run, image, networks)
+        return evaluate_case(found, label, case.info[:3], run.ids, tolerance)
     return {case.name: one(case) for case in cases}
 
 # 9. Inference =====================================================================================
@@ -749,7 +769,7 @@ def largest_components(labels):
 
 def segment(run, volume, networks="a", largest=True, flips=((),)):
     """Label ids uint8 (X, Y, Z) of a preprocessed volume: sliding window, largest components."""
-    networks = {"a": run.networks[:1], "b": run.networks[1:], "both": run.networks}[networks]
+    networks = run.networks[{"a": slice(1), "b": slice(1, 2), "both": slice(2)}[networks]]
     with run.autocast:
         classes = sliding_window(networks, volume, run.config.patch, len(run.ids) + 1,
                                  device=run.device, flips=flips)
@@ -776,6 +796,7 @@ def predict(
     run = Run.load(checkpoint, device=device)
     axes = [2 + "xyz".index(a) for a in sorted({*run.config.mirror})] if tta else []
     flips = [f for n in range(len(axes) + 1) for f in itertools.combinations(axes, n)]
+    need(networks == "a" or len(run.networks) > 1, f"--networks: {checkpoint} has one only")
     need(axes or not tta, "--tta: the networks were trained without --mirror; leave it out")
     def one(name, path):
         need(path.parent.resolve() != Path(out).resolve(), f"{path}: is in OUT_DIR; choose another")
@@ -879,18 +900,177 @@ def evaluate(
         print(table(results, "FLARE22" if flare22 else f"{tolerance:g} mm"))
     if csv:
         rows = [(case, i, *scores[i]) for case, scores in results.items() for i in ids]
-        with atomic(csv) as temporary:
-            np.savetxt(temporary, [("case", "label", "dice", "nsd"), *rows], "%s", ",")
+        write_text(csv, [("case", "label", "dice", "nsd"), *rows])
     return code
 
-# 11. Command line =================================================================================
-def add_flags(parser, target):
-    """One flag for each parameter of a function or field of Config: its type is the annotation, its
+# 11. Reports ======================================================================================
+def markdown(rows):
+    """Text of a Markdown table; the first row is the head."""
+    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+def ablate(
+        config: Config,
+        labelled: tuple[int, ...] = (4,),  # numbers of labelled cases to compare at
+        seeds: int = 3):  # runs of an arm, from --seed on: other weights, patches, labelled cases
+    """Compare supervised, plain CPS, context CPS and the upper bound (all labels) at equal steps.
+    Finished arms are kept. Writes ablation.csv and ablation.md to --out: Dice of test cases, which
+    choose nothing, mean +- sd over seeds; and the gain of A over supervised with as many labels,
+    the mean difference of a seed and case and its 95 % confidence interval (Student's t)."""
+    config = replace(config, test=config.test or config.val, resume=True)
+    arms = [*itertools.product(labelled, ("supervised", "cps", "context")), (0, "supervised")]
+    rows, scores = [("method", "labels", "seed", "case", "label", "dice_a", "dice_both")], {}
+    for (n, method), seed in itertools.product(arms, range(config.seed, config.seed + seeds)):
+        name, out = method if n else "upper bound", f"{config.out}/{method}-{n or 'all'}-{seed}"
+        done = train(replace(config, method=method, labelled=n, seed=seed, out=out))
+        tests = done["results"], validate(done["run"], done["test"], networks="both")
+        dice = [[[d for d, _ in case.values()] for case in test.values()] for test in tests]
+        scores.setdefault((name, n or "all"), []).append((dice, done["minutes"]))
+        rows += [(name, n or "all", seed, case, label, a, both) for case, *pair in
+                 zip(tests[0], *dice) for label, a, both in zip(done["run"].ids, *pair)]
+    table = [("method", "labels", "A", "A and B", *(f"A, label {i}" for i in done["run"].ids),
+              "gain of A [95 %]", "minutes")]
+    for (name, n), arrays in scores.items():
+        dice, base = ([d for d, _ in scores.get((key, n), arrays)] for key in (name, "supervised"))
+        gain = np.subtract(dice, base)[:, 0].mean(2).ravel()  # of (seeds, 2, cases, labels)
+        low, high = stats.ttest_1samp(gain, 0).confidence_interval()
+        means = np.hstack((np.mean(dice, (2, 3)), np.mean(dice, 2)[:, 0]))  # (seeds, 2 + labels)
+        table.append((name, n, *(f"{m.mean():.4f} +- {m.std():.4f}" for m in means.T),
+                      f"{gain.mean():+.4f} [{low:+.4f}, {high:+.4f}]" if gain.any() else "",
+                      f"{np.mean([m for _, m in arrays]):.1f}"))
+    write_text(f"{config.out}/ablation.csv", rows)
+    write_text(f"{config.out}/ablation.md", markdown(table) + "\n")
+    print(f"\n{config.out}/ablation.md, {len(done['test'])} test cases:\n{markdown(table)}")
+
+def costs(config, classes):
+    """Parameters of a network, FLOPs (two for a multiply-add) of its forward pass of a patch and of
+    a training step, bytes that a step keeps in fp32. Counted on the meta device, nothing is run."""
+    network, kept = UNet3D(classes, config.base_channels, config.levels).to("meta"), {}
+    def keep(tensor):  # for the backward pass
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(
+            keep, lambda tensor: tensor):
+        loss = network(torch.empty(1, 1, *config.patch, device="meta")).sum()
+        forward = counter.get_total_flops()
+        loss.backward()
+    n = 2 * config.batch * (1 + (config.method != "supervised"))  # patches of both networks
+    weights = sum(p.numel() for p in network.parameters())  # as many gradients and momenta
+    return weights, forward, counter.get_total_flops() * n, sum(kept.values()) * n + 24 * weights
+
+def info(
+        config: Config,
+        checkpoint: str = "",  # best.pt or last.pt: tell of its training, not of the flags'
+        classes: int = 14,  # with background [FLARE22]
+        bench: bool = False,  # time 20 steps, not 2
+        watts: float = 300.0,  # power of the machine that trains [assumed]
+        carbon: float = 0.4):  # kg of CO2 eq for a kWh [assumed]
+    """Print the paper's Tables 1 and 2 with the blanks filled. What is timed is timed here; a CPU
+    times a step of patches of about 48 voxels a side at most, scaled by the FLOPs."""
+    run = Run.load(checkpoint, device=config.device) if checkpoint else Run(
+        config, [*range(1, classes)])
+    c, gpu, k, n = run.config, run.device.type == "cuda", len(run.ids) + 1, run.config.batch
+    limit = inf if gpu else max(2, 48 >> c.levels - 1) << c.levels - 1
+    small = replace(c, patch=tuple(min(p, limit) for p in c.patch))
+    (weights, forward, flops, memory), crops = costs(c, k), n * (c.method != "supervised")
+    images = torch.randn(n + crops, 1, *small.patch, device=run.device)
+    target = torch.randint(k, (n, *small.patch), device=run.device)
+    overlaps = [overlap_slices((0, 0, 0), np.array(small.patch) // 8, small.patch)] * crops
+    batch = {"tensors": [images, images, target, target >= 0], "overlaps": overlaps}
+    parts = run.networks, run.optimisers, batch, c.lam, c, run.scaler, run.autocast
+    def seconds(function, repeats):  # a Timer warms up and waits for a GPU
+        timer = Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
+        return float(np.median([timer.timeit(1).mean for _ in range(repeats)]))
+    step = seconds(lambda: train_step(*parts), 20 if bench else 2) * flops / costs(small, k)[2]
+    memory = torch.cuda.max_memory_allocated() if gpu else memory
+    a = torch.randn([8192 if gpu else 2048] * 2, device=run.device)
+    with run.autocast:
+        peak = 2 * len(a)**3 / seconds(lambda: a @ a, 5)
+    hours = c.epochs * c.epoch_steps * step / 3600
+    print(markdown([
+        ("environment", platform.platform()),
+        ("CPU", f"{platform.machine()}, {os.cpu_count()} logical cores"),
+        ("GPU", f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}" if gpu else "none"),
+        ("software", f"Python {platform.python_version()}, torch {torch.__version__}, numpy "
+                     f"{np.__version__}, nibabel {nib.__version__}"),
+        ("method", f"{c.method}; Dice + CE; {c.lam:g} x {c.pseudo_loss} on pseudo labels"),
+        ("initialisation", f"normal: he (A), {c.init_b} (B), from two seeds"),
+        ("batch", f"{n} labelled patches and {crops} pairs, {c.patch}"),
+        ("schedule", f"{c.epochs} epochs of {c.epoch_steps} steps"),
+        ("optimiser", f"SGD, Nesterov momentum {c.momentum:g}, weight decay {c.weight_decay:g}"),
+        ("learning rate", f"{c.lr:g}, halved every {c.halve_epochs} epochs"),
+        ("parameters of a network", f"{weights:,}"),
+        ("FLOPs", f"{forward:.4g} of a patch, {flops:.4g} of a step"),
+        ("memory of a step", f"{memory / 2**30:.3g} GiB, {('counted', 'measured')[gpu]}"),
+        ("time of a step", f"{step:.3g} s, {2 * len(images) / step:.3g} patches a second"),
+        ("share of a matrix product's speed", f"{flops / step / peak:.0%} of {peak:.3g} FLOP/s"),
+        ("training time", f"{hours:.3g} h = {hours / 24:.2g} days, without validation"),
+        ("energy", f"{hours * watts / 1000:.3g} kWh = hours x {watts:g} W / 1000"),
+        ("CO2 eq", f"{hours * watts / 1000 * carbon:.3g} kg = kWh x {carbon:g} kg"),
+        *[("done", f"{run.step} steps, validation Dice {run.best:.4f}")] * bool(checkpoint)]))
+
+def export(
+        checkpoint: str,  # best.pt or last.pt of a run
+        out: str):  # the file to write: model.onnx
+    """Write network A as ONNX for batches of any size, with all that `predict` needs, and check it.
+    Returns the exit code: 1 if its logits differ from PyTorch's by more than 1e-3."""
+    need(out.endswith(".onnx"), f"{out}: is no name that predict takes; end it in .onnx")
+    run = Run.load(checkpoint, device="cpu")
+    network, config, ids = run.networks[0], run.config, run.ids
+    program = torch.onnx.export(
+        network, (image := torch.randn(2, 1, *config.patch),), dynamo=True, verbose=False,
+        input_names=["image"], dynamic_shapes=[{0: torch.export.Dim("batch")}])
+    program.model.metadata_props["cps"] = json.dumps({"config": asdict(config), "ids": ids})
+    with atomic(out) as temporary:
+        program.save(temporary)
+    with torch.inference_mode():
+        difference = (network(image) - Run.load(out).networks[0](image)).abs().max()
+    print(f"{out}: largest difference of the logits from PyTorch's: {difference:.1e}")
+    return int(difference > 1e-3)
+
+def figure(run, best, cases):
+    """Write figure.png: the curves of the log and, of some cases, the slice with most foreground.
+    Okabe and Ito's colours, which colour-blind readers tell apart."""
+    from matplotlib import colors, figure  # optional
+    okabe, n = "#E69F00 #56B4E9 #009E73 #F0E442 #0072B2 #D55E00 #CC79A7".split(), len(run.ids)
+    cmap = colors.ListedColormap([okabe[i % 7] for i in range(n)])
+    page = figure.Figure((10, 3 + 2.3 * len(cases)), layout="constrained")
+    heights = [3] + [2.3] * len(cases)
+    top, *below = page.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    curves = (("loss_sup", "loss_cps"), ("agreement", "foreground"), ("dice",))
+    for axes, names in zip(top.subplots(1, 3), curves):
+        for name, style, colour in zip(names, ("o-", "x--"), okabe[4:]):
+            points = [(row[0], row[LOG.index(name)]) for row in run.rows]
+            axes.plot(*zip(*points), style, ms=3, color=colour, label=name)
+        axes.set_xlabel("step")
+        axes.legend()
+    for part, case in zip(below, cases):
+        image, label, _ = (np.load(path, mmap_mode="r") for path in case.arrays)
+        a, b = (segment(best, image, network) for network in "ab")
+        shown = {case.name: 0 * a, "reference": label, "A": a, "B": b, "A is not B": a != b}
+        z = np.count_nonzero(label, (0, 1)).argmax()
+        view = {"origin": "lower", "aspect": case.info[1] / case.info[0], "interpolation": "none"}
+        for axes, (title, ids) in zip(part.subplots(1, 5), shown.items()):
+            axes.imshow(image[:, :, z].T.astype(float), "gray", **view)
+            classes = np.ma.masked_equal(np.searchsorted([0, *run.ids], ids[:, :, z].T), 0)
+            axes.imshow(classes, cmap, vmin=0.5, vmax=n + 0.5, **view)
+            axes.set(title=title, xticks=[], yticks=[])
+    with atomic(f"{run.config.out}/figure.png") as temporary:
+        page.savefig(temporary, format="png", dpi=150)
+
+# 12. Command line =================================================================================
+def add_flags(parser, target, skip=("config",)):
+    """One flag for each parameter of a function and of its Config: the type is the annotation, the
     help the comment behind it, which cannot rot; without a default it is positional."""
     def number(word):  # a word instead of numbers, auto or native, is an empty tuple
         return None if word in ("auto", "native") else float(word)
     comments = dict(re.findall(r"^ +(\w+): .*?  # (.*)$", inspect.getsource(target), re.MULTILINE))
-    for name, p in inspect.signature(target).parameters.items():
+    parameters = inspect.signature(target).parameters
+    for name, p in parameters.items():
+        if p.annotation is Config:
+            add_flags(parser, Config, skip=parameters)
+        if name in skip:
+            continue
         kind, items = get_origin(p.annotation) or p.annotation, get_args(p.annotation)
         options = {"action": argparse.BooleanOptionalAction} if kind is bool else {
             "choices": items} if kind is Literal else {"type": kind} if kind is not tuple else {
@@ -900,29 +1080,40 @@ def add_flags(parser, target):
             name = "--" + name.replace("_", "-")
         parser.add_argument(name, help=comments[p.name].replace("%", "%%"), **options)
 
-def config_from(data=None, preset=None, **given):
+def config_from(command, data=None, preset=None, **given):
     """Config of flags on top of a preset; without DATA that of the phantom."""
     given = {key: value if type(value) is not list else tuple(i for i in value if i is not None)
              for key, value in given.items()}
-    preset = preset or ("paper" if data else "quick")  # minutes on a CPU without DATA
-    if data is None:
+    preset = preset or ("paper" if data or command == "info" else "quick")  # minutes on a CPU
+    if data is None and command != "info":
         make_phantom(data := "runs/phantom")
         given = {"val": 4.0} | given
-    out = f"runs/{Path(data).resolve().name}-{given.get('method', 'context')}"
-    return Config(**PRESETS[preset] | {"data": data, "preset": preset, "out": out} | given)
+    what = given.get("method", "context") if command == "train" else command
+    out = f"runs/{Path(data or '').resolve().name}-{what}"
+    return Config(**PRESETS[preset] | {"data": data or "", "preset": preset, "out": out} | given)
 
 def main(argv=None):
     """Run a command. Returns its exit code: 0, 1 (some cases failed), 2 (bad input), 130."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="name")
-    for function in (train, predict, evaluate):
+    for function in (train, predict, evaluate, ablate, info, export):
         text = function.__doc__.split(". ")[0] + "."
         p = commands.add_parser(function.__name__, help=text, description=text, allow_abbrev=False)
-        add_flags(p, Config if function is train else function)
+        add_flags(p, function)
         p.error = parser.error = lambda text: need(False, f"{text}; see cps.py [COMMAND] --help")
     def run(name, **args):
-        return train(config_from(**args)) and 0 if name == "train" else globals()[name](**args)
+        parameters = inspect.signature(globals()[name]).parameters
+        own = {key: args.pop(key) for key in args.keys() & parameters.keys()}
+        if "config" in parameters:
+            own["config"] = config_from(name, **args)
+        result = globals()[name](**own)
+        return result if type(result) is int else 0
     nib.imageglobals.logger.setLevel("CRITICAL")  # what is wrong with a scan, an error says
+    if "RANK" in os.environ:  # one of the processes of torchrun
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
+        sys.stdout = open(os.devnull, "w") if rank() else sys.stdout
     try:
         return attempt(lambda: run(**vars(parser.parse_args(argv))))
     except KeyboardInterrupt as error:
