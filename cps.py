@@ -10,6 +10,7 @@ Supervision for Semi-supervised Medical Image Segmentation, FLARE 2022; CPS: Che
     python cps.py train DATA --labelled 8   your scans (MSD / nnU-Net layout), 8 of them with labels
     python cps.py predict CHECKPOINT IMAGE_OR_DIR OUT_DIR
     python cps.py evaluate PREDICTIONS REFERENCES [--flare22]
+    python cps.py ablate DATA, python cps.py info   does it help? the paper's tables, no blanks
 
     NIfTI files -> cache (memory-mapped) -> patches -> train_step -> checkpoint
                        metrics <- NIfTI files <- sliding_window <-------+
@@ -28,10 +29,10 @@ up; two draws of He-normal (or --init-b xavier); 250 steps an epoch (fits its 96
 augmentation, unmirrored, as kidneys have sides; validation chooses the checkpoint; A predicts.
 Contents: grep '^# [0-9]' cps.py; section 2 is the method. Not for clinical use.
 """
-import argparse, importlib.util, inspect, io, itertools, json, os, platform  # noqa: E401
-import re, signal, sqlite3, sys, time, zipfile, zlib  # noqa: E401
+import argparse, inspect, io, itertools, json, os, platform, re, signal  # noqa: I001
+import sqlite3, sys, time, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from math import ceil, inf, nan
@@ -41,13 +42,11 @@ from typing import Literal, NamedTuple, get_args, get_origin
 import nibabel as nib
 import numpy as np
 import torch
-import torch.distributed as dist
 from scipy import ndimage, stats
 from scipy.spatial.transform import Rotation
 from torch import nn
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
-
 
 # 1. Configuration =================================================================================
 class UserError(Exception):
@@ -56,12 +55,11 @@ def need(holds, sentence):
     """Raise UserError with the sentence unless something holds."""
     if not holds:
         raise UserError(sentence)
-
 def attempt(function, *args):
     """Call a function; print what the user can mend and return 2. A defect keeps its traceback."""
     try:
         return function(*args)
-    except (UserError, OSError, ModuleNotFoundError) as error:
+    except (UserError, OSError) as error:
         name = getattr(error, "filename", None)  # of the file that the system refuses
         sentence = f"{name}: {error.strerror}; check the path and its rights" if name else error
     except (MemoryError, RuntimeError) as error:  # torch has no type of its own for it on a CPU
@@ -127,7 +125,6 @@ class Config:
             usual = type(value) not in (int, float) or low <= value < inf or f"{low:d} or more"
             holds = wanted.get(name, usual)  # True, or what it must be
             need(holds is True, f"--{name.replace('_', '-')} {value}: must be {holds}")
-
 PRESETS = {"paper": {}, "quick": {  # momentum 0.99 wants more than some hundred steps [measured]
     "patch": (32, 48, 32), "base_channels": 8, "levels": 4, "epochs": 20, "epoch_steps": 20,
     "halve_epochs": 8, "lr": 0.2, "momentum": 0.9, "validate_epochs": 4}}  # lr: finds small organs
@@ -162,7 +159,6 @@ def overlap_slices(corner1, corner2, patch):
 def pseudo_label(logits):
     """Hard labels int64 (B, x, y, z) of logits (B, K, x, y, z): no gradient, no threshold [CPS]."""
     return logits.detach().argmax(dim=1)
-
 def cross_pseudo_loss(logits_a, logits_b, valid=None, dice=True):
     """L_cps: each network learns the other's hard label on the voxels that both see.
     logits_a, logits_b: (B, K, x, y, z), both cut to the overlap; valid: bool (B, x, y, z), not on
@@ -173,8 +169,7 @@ def cross_pseudo_loss(logits_a, logits_b, valid=None, dice=True):
     return dice_ce_loss(logits_a, label_b, dice=dice) + dice_ce_loss(logits_b, label_a, dice=dice)
 
 def rampup(step, length):
-    """Share of lam at a step: exp(-5 (1 - t)^2) with t = step / length, 1 from `length` on.
-    Pseudo labels are noise at first. SSL4MIS has this shape, but up to the last step. [ours]"""
+    """Share of lam at a step: pseudo labels are noise at first. [ours; shape of SSL4MIS]"""
     return float(np.exp(-5 * (1 - step / length) ** 2)) if step < length else 1.0
 
 # 3. Supervised loss ===============================================================================
@@ -204,7 +199,6 @@ class Block(nn.Sequential):
         for c, s in ((c_in, stride), (c_out, 1)):
             self.extend([nn.Conv3d(c, c_out, 3, s, padding=1, bias=False),
                          nn.GroupNorm(c_out, c_out, eps=1e-5), nn.LeakyReLU(0.01, inplace=True)])
-
 class UNet3D(nn.Module):
     """Plain 3D U-Net: (B, C, X, Y, Z), sizes divisible by 2^(levels-1), to (B, K, X, Y, Z)."""
     def __init__(self, num_classes, base_channels, levels, in_channels=1):
@@ -216,10 +210,8 @@ class UNet3D(nn.Module):
         self.merge = nn.ModuleList([Block(2 * a, a) for a, _ in steps[::-1]])
         self.head = nn.Conv3d(ch[0], num_classes, 1)
     def forward(self, x):
-        levels = []
-        for block in self.down:
-            levels.append(x := block(x))  # half the size, twice the channels
-        for up, block, skipped in zip(self.up, self.merge, levels[-2::-1]):  # x is the deepest one
+        *levels, x = itertools.accumulate(self.down, lambda x, block: block(x), initial=x)  # halved
+        for up, block, skipped in zip(self.up, self.merge, levels[::-1]):  # x is the deepest one
             x = block(torch.cat((up(x), skipped), dim=1))
         return self.head(x)  # (B, K, X, Y, Z)
 
@@ -259,7 +251,6 @@ def atomic(path):
     finally:
         if temporary.exists():
             temporary.unlink()
-
 def write_text(path, text):
     """Write a text, or rows as CSV."""
     with atomic(path) as temporary:
@@ -286,10 +277,8 @@ def list_scans(*paths):
             other = scans.get(name.removesuffix("_0001")) or scans.setdefault(name, file)
             need(other is file, f"{file}: of the same case as {other}; keep one image a case")
     return scans
-
 def split_cases(config):
-    """Find the cases of config.data: {"labelled", "unlabelled", "val", "test"}, lists of Case. What
-    is beyond --labelled N loses its label here: no later line can read it."""
+    """The cases of config.data: {"labelled", "unlabelled", "val", "test"}, each a list of Case."""
     root = Path(config.data)
     more = [*filter(Path.is_dir, [root / "imagesUn"]), *config.unlabelled]
     images, labels = list_scans(root / "imagesTr", *more), list_scans(root / "labelsTr")
@@ -301,7 +290,7 @@ def split_cases(config):
     n = config.labelled or len(rest) - val  # 0: all that are left
     need(0 < n <= len(rest) - val, f"--labelled {n}: --val, --test leave {len(rest) - val} cases")
     parts = {"labelled": rest[val:val + n], "val": rest[:val], "test": known[:test],
-             "unlabelled": rest[val + n:] + sorted(images.keys() - labels.keys())}
+             "unlabelled": rest[val + n:] + sorted(images.keys() - labels.keys())}  # no labels now
     need(parts["unlabelled"] or config.method == "supervised",
          f"{root}: no unlabelled image; add imagesUn, --unlabelled DIR or --labelled N")
     return {part: [Case(name, images[name], labels[name] if part != "unlabelled" else None)
@@ -336,7 +325,6 @@ def resample(volume, shape, is_label=False):
     """Resample (X, Y, Z), edges aligned: linear; labels nearest, as 2 is not between 1 and 3."""
     grid, mode = torch.from_numpy(volume)[None, None], "nearest-exact" if is_label else "trilinear"
     return nn.functional.interpolate(grid, tuple(shape), mode=mode)[0, 0].numpy()
-
 def preprocess(volume, spacing, config, path):
     """Clip, resample, z-score of a volume [paper, scope ours], in place if it can: float32."""
     low, high = config.clip or np.percentile(volume, (0.5, 99.5))  # HU, or whatever unit
@@ -373,6 +361,11 @@ def prepare_case(case, config):
                 np.save(temporary, array)
     return case._replace(arrays=tuple(paths[:-1]), info=tuple(info.tolist()))
 
+def progress(what, done, total, start):
+    """Redraw one line with the time left, on a terminal only."""
+    if sys.stdout.isatty():
+        left = timedelta(seconds=int((time.monotonic() - start) / done * (total - done)))
+        print(f"{what} {done}/{total}, {left} left  ", end="\r\n"[done == total], flush=True)
 def for_each(what, items, one, threads=1):
     """Call one(name, item) for all items and report bad ones: exit code 1 if some are, 2 if all."""
     bad, start = 0, time.monotonic()
@@ -381,10 +374,9 @@ def for_each(what, items, one, threads=1):
         for i, code in enumerate(codes, 1):
             bad += code == 2
             progress(what, i, len(items), start)
-    seconds = time.monotonic() - start
-    print(f"{what}: {len(items) - bad} of {len(items)} cases done in {seconds:.1f} s", flush=True)
+    print(f"{what}: {len(items) - bad} of {len(items)} cases done in "
+          f"{time.monotonic() - start:.1f} s", flush=True)
     return 0 if not bad else 2 if bad == len(items) else 1
-
 def prepare(split, config):
     """The split, all its cases checked and cached; the problems of all are reported in one go."""
     def one(name, case):
@@ -399,12 +391,6 @@ def prepare(split, config):
     need(not code, f"{config.data}: some cases cannot be used, see above; mend or remove them")
     return {part: [done[case.name] for case in cases] for part, cases in split.items()}
 
-def progress(what, done, total, start):
-    """Redraw one line with the time left, on a terminal only."""
-    if sys.stdout.isatty():
-        left = timedelta(seconds=int((time.monotonic() - start) / done * (total - done)))
-        print(f"{what} {done}/{total}, {left} left  ", end="\r\n"[done == total], flush=True)
-
 # 6. Phantom: something to segment on any machine ==================================================
 # name, centre and radii in % of half the body's width (x right, y front, z up), HU; 4 have no label
 ORGANS = (("fat", (0, 0, 0), (100, 90, 400), -90), ("muscle", (0, 0, 0), (90, 80, 400), 45),
@@ -415,8 +401,7 @@ ORGANS = (("fat", (0, 0, 0), (100, 90, 400), -90), ("muscle", (0, 0, 0), (90, 80
           ("aorta", (0, -20, 0), (14, 14, 300), 195))
 
 def phantom_volume(rng, shape=(48, 48, 40)):
-    """A body in RAS+: image float (X, Y, Z) in HU and label uint8. Place, size and outline of the
-    organs, phase of the contrast agent, blur and noise of the scanner vary from case to case."""
+    """A body in RAS+, each another: image float (X, Y, Z) in HU and label uint8 (X, Y, Z)."""
     grid = np.stack(np.meshgrid(*(np.linspace(-1.1, 1.1, n) for n in shape), indexing="ij"))
     for coordinate in grid:  # a smooth random displacement: no outline is an ellipsoid
         coordinate += rng.uniform(1.3, 3.7) * ndimage.gaussian_filter(rng.standard_normal(shape), 5)
@@ -428,7 +413,6 @@ def phantom_volume(rng, shape=(48, 48, 40)):
         image[organ], label[organ] = hu * phase * rng.uniform(0.95, 1.05), max(0, i)
     image = ndimage.gaussian_filter(image, rng.uniform(0.4, 0.8)) + rng.uniform(-10, 10)  # scanner
     return image + rng.normal(0, rng.uniform(10, 30), shape), label
-
 def make_phantom(folder):
     """Write what is missing of it: 12 labelled (Tr), 24 unlabelled (Un), 4 test cases (Ts)."""
     for group, part, count in ((0, "Tr", 12), (1, "Un", 24), (2, "Ts", 4)):
@@ -454,13 +438,11 @@ def read_box(volume, corner, shape, matrix=None, outside=0):
     low, high = np.clip(corner, 0, volume.shape), np.clip(corner + shape, 0, volume.shape)  # inside
     box[tuple(map(slice, low - corner, high - corner))] = volume[tuple(map(slice, low, high))]
     return box
-
 def spatial_matrix(rng, spacing):
     """Rotation to 30 degrees, scale 0.7 to 1.4 [nnU-Net]; in mm, else uneven voxels would shear."""
     rotation = Rotation.from_euler("xyz", rng.uniform(-30, 30, 3), degrees=True).as_matrix()
     scale = rng.uniform(*((0.7, 1) if rng.random() < 0.5 else (1, 1.4)))
     return scale * np.diag(1 / np.asarray(spacing)) @ rotation @ np.diag(spacing)
-
 def augment(patch, rng, chance):
     """New float32 (X, Y, Z), intensities changed: nnU-Net's kinds, about its chances and ranges."""
     chances = chance * np.array((0.1, 0.1, 0.15, 0.15, 0.25, 0.3))
@@ -482,7 +464,6 @@ def augment(patch, rng, chance):
         low, size = patch.min(), np.ptp(patch) + 1e-6
         patch = sign * (((patch - low) / size) ** rng.uniform(0.7, 1.5) * size + low)
     return np.array(patch, dtype=np.float32)
-
 class Patches(torch.utils.data.Dataset):
     """Item i is the batch of step i, a dict. tensors: images for A and for B, (B + n, 1, *P), first
     B labelled patches, then n crops (n = B; 0 for `supervised`); target int64 (B, *P), classes or
@@ -580,8 +561,6 @@ class Run:
         self.step, self.best, self.rows, self.sums = 0, -1.0, [], torch.zeros(4, device=self.device)
     def save(self, name):
         """Write a checkpoint of tensors and plain values, which loads with weights_only."""
-        if rank():
-            return
         need(self.sums.isfinite().all(), f"{self.config.out}: the loss is not finite; lower --lr")
         state = {k: getattr(self, k) for k in ("ids", "step", "best", "rows", "sums")}
         parts = [part.state_dict() for part in (*self.networks, *self.optimisers, self.scaler)]
@@ -592,14 +571,6 @@ class Run:
     def load(cls, path, **changes):
         """The run of a checkpoint, some fields of its config changed. Code in it is not run."""
         try:
-            if Path(path).suffix == ".onnx":  # written by `export`: for inference only
-                import onnxruntime  # optional
-                file = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-                saved = json.loads(file.get_modelmeta().custom_metadata_map["cps"])
-                run = cls(Config(**saved["config"] | changes), saved["ids"])
-                run.networks = [lambda x: torch.from_numpy(
-                    file.run(None, {"image": x.cpu().numpy()})[0]).to(x.device)]
-                return run
             need(not zipfile.ZipFile(path).testzip(), "it is damaged")  # torch skips the checksums
             state = torch.load(path, map_location="cpu", weights_only=True)  # no code of a pickle
             run = cls(Config(**state.pop("config") | changes), state["ids"])
@@ -612,22 +583,17 @@ class Run:
             reason = str(error).split("\n")[0][:200] or type(error).__name__
             raise UserError(f"{path}: cannot be loaded as a checkpoint, {reason}") from error
 
-def rank():
-    """Number of this process among those of torchrun; 0 saves and reports, also if alone."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
 def train(config: Config):
     """Train a pair of networks. Returns {"best_dice", "checkpoint", "steps", "results"}: validation
     Dice; {case: {id: (Dice, NSD)}} of the test cases, or, if there are none, of validation."""
     out, last, best = Path(config.out), Path(config.out) / "last.pt", f"{config.out}/best.pt"
-    need(config.resume or rank() or not last.exists(),
-         f"{out}: holds a run; --resume it, or change --out")
+    need(config.resume or not last.exists(), f"{out}: holds a run; --resume it, or change --out")
     print(*(f"{key}={value}" for key, value in asdict(config).items()), flush=True)
     split = prepare(split_cases(config), config)  # all is checked before anything is trained
     points = [np.load(c.arrays[2]) for cases in split.values() for c in cases if c.label]
     ids = np.unique(np.concatenate(points)[:, 0]).tolist()
     need(ids, f"{config.data}: all labels are empty; there is nothing to learn")
-    with nullcontext() if rank() else only_user_of(out):
+    with only_user_of(out):
         names = json.dumps({part: [c.name for c in some] for part, some in split.items()}, indent=1)
         if last.exists():
             run = Run.load(last, **{key: getattr(config, key) for key in MAY_CHANGE})
@@ -641,9 +607,7 @@ def train(config: Config):
             for file, text in zip(("split.json", "config.json", "cps.py"), texts):
                 write_text(out / file, text)
             run.save("last.pt")
-        train_loop(run, Patches(config, split, ids, rank()), split["val"])
-        if rank():
-            return {}
+        train_loop(run, Patches(config, split, ids), split["val"])
         part = "test" if split["test"] else "val"
         images = max(Path(config.data).glob("imagesT[rs]"))  # of test cases, if there are any
         found = Run.load(best, device=config.device)
@@ -651,8 +615,6 @@ def train(config: Config):
         print(f"\n{best}: mean Dice {run.best:.4f} on the {len(split['val'])} cases that chose it",
               f"\n{len(results)} {part} cases:\n{table(results, '2 mm')}" if results else "")
         print(f"\nNext: python cps.py predict {best} {images} {out}/predictions")
-        if importlib.util.find_spec("matplotlib"):  # optional
-            figure(run, found, split["val"][:3])
         return {"best_dice": run.best, "checkpoint": best, "steps": run.step, "results": results,
                 "run": found, "test": split["test"],
                 "minutes": sum(row[-1] for row in run.rows) * config.epoch_steps / 60}
@@ -662,11 +624,7 @@ def train_loop(run, patches, val):
     config, device, gpu, stop = run.config, run.device, run.device.type == "cuda", []
     def note(number, frame):  # a first signal lets the step end, a second one ends the process
         stop.append(signal.signal(number, signal.SIG_DFL))  # loader workers inherit it: Ctrl-C too
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)
-              if not dist.is_initialized()}  # a process that waits for others must not go on
-    networks = run.networks
-    if dist.is_initialized():  # averages the gradients of all processes
-        networks = [nn.parallel.DistributedDataParallel(network) for network in networks]
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     torch.backends.cudnn.benchmark = gpu  # one patch size: the search for kernels pays
     loader = torch.utils.data.DataLoader(patches, None, sampler=range(run.step, len(patches)),
                                          num_workers=gpu * config.workers, pin_memory=gpu)
@@ -680,7 +638,7 @@ def train_loop(run, patches, val):
             lr = config.lr * 0.5 ** (run.step // config.epoch_steps // config.halve_epochs)
             for optimiser in run.optimisers:
                 optimiser.param_groups[0]["lr"] = lr
-            run.sums += train_step(networks, run.optimisers, batch, lam, config, run.scaler,
+            run.sums += train_step(run.networks, run.optimisers, batch, lam, config, run.scaler,
                                    run.autocast)
             run.step += 1  # what a checkpoint calls done
             progress("step", run.step - first, len(patches) - first, start)
@@ -693,12 +651,8 @@ def train_loop(run, patches, val):
     finally:
         list(map(signal.signal, before, before.values()))
 
-LOG = "step lr lam loss_sup loss_cps agreement foreground dice seconds".split()  # of log.csv
-
 def end_epoch(run, patches, val, lr, lam, start, steps):
     """Validate if it is time, log a row, write last.pt and, if this is the best, best.pt."""
-    if dist.is_initialized():
-        dist.all_reduce(run.sums.div_(dist.get_world_size()))  # their mean
     config, dice, means = run.config, nan, (run.sums / run.config.epoch_steps).tolist()  # waits
     epoch, seconds = run.step // config.epoch_steps, (time.monotonic() - start) / steps
     need(np.isfinite(means).all(), f"{config.out}: the loss is not finite; lower --lr")
@@ -708,8 +662,8 @@ def end_epoch(run, patches, val, lr, lam, start, steps):
     means[1:] = means[1:] if config.method != "supervised" else [nan] * 3
     run.rows.append((run.step, lr, lam, *means, dice, seconds))
     run.sums.zero_()
-    if not rank():  # all rows anew: no gap, no double
-        write_text(f"{config.out}/log.csv", [LOG, *run.rows])
+    names = "step,lr,lam,loss_sup,loss_cps,agreement,foreground,dice,seconds"
+    write_text(f"{config.out}/log.csv", [[names], *run.rows])  # all rows anew: no gap, no double
     print("{:6} {:8.5f} {:5.2f} {:8.4f} {:8.4f} {:10.3f} {:11.4f} {:7.4f} {:7.3f}  {}".format(
         *run.rows[-1], timedelta(seconds=int(seconds * (len(patches) - run.step)))), flush=True)
     if dice > run.best or epoch == config.epochs and not val:
@@ -757,7 +711,6 @@ def sliding_window(networks, volume, patch, num_classes, overlap=0.5, device="cp
             layer[:-done] = layer[done:].clone()
             layer[-done:] = 0
     return result.numpy()[tuple(map(slice, volume.shape))]
-
 def largest_components(labels):
     """Keep the largest component (of voxels that share a face) of each label of uint8 (X, Y, Z)."""
     kept = np.zeros_like(labels)  # uint8 (X, Y, Z)
@@ -766,7 +719,6 @@ def largest_components(labels):
             parts, _ = ndimage.label(labels[box] == label)
             kept[box][parts == np.bincount(parts.ravel())[1:].argmax() + 1] = label
     return kept  # uint8 (X, Y, Z)
-
 def segment(run, volume, networks="a", largest=True, flips=((),)):
     """Label ids uint8 (X, Y, Z) of a preprocessed volume: sliding window, largest components."""
     networks = run.networks[{"a": slice(1), "b": slice(1, 2), "both": slice(2)}[networks]]
@@ -774,7 +726,6 @@ def segment(run, volume, networks="a", largest=True, flips=((),)):
         classes = sliding_window(networks, volume, run.config.patch, len(run.ids) + 1,
                                  device=run.device, flips=flips)
     return np.array([0, *run.ids], np.uint8)[largest_components(classes) if largest else classes]
-
 def write_like(labels, scan, path):
     """Write RAS+ labels uint8 (X, Y, Z) as NIfTI in shape, orientation and geometry of a scan."""
     header, ras = scan.header.copy(), [(0, 1), (1, 1), (2, 1)]
@@ -783,7 +734,6 @@ def write_like(labels, scan, path):
     labels = nib.apply_orientation(labels, back).reshape(scan.shape)
     with atomic(path) as temporary:  # affine None: the header keeps its qform, sform and codes
         nib.save(type(scan)(labels, None, header, dtype=np.uint8), temporary)
-
 def predict(
         checkpoint: str,  # best.pt or last.pt of a run
         images: str,  # a NIfTI file or a folder of them
@@ -796,7 +746,6 @@ def predict(
     run = Run.load(checkpoint, device=device)
     axes = [2 + "xyz".index(a) for a in sorted({*run.config.mirror})] if tta else []
     flips = [f for n in range(len(axes) + 1) for f in itertools.combinations(axes, n)]
-    need(networks == "a" or len(run.networks) > 1, f"--networks: {checkpoint} has one only")
     need(axes or not tta, "--tta: the networks were trained without --mirror; leave it out")
     def one(name, path):
         need(path.parent.resolve() != Path(out).resolve(), f"{path}: is in OUT_DIR; choose another")
@@ -814,6 +763,11 @@ SURFELS = {1: ["111"], 3: ["220"] * 2, 6: ["111"] * 2, 24: ["111"] * 2, 7: ["400
            27: ["111", "333", "022", "202"], 30: ["400", "111", "111", "222"], 60: ["220"] * 4,
            105: ["111"] * 4}
 
+def dice(pred, ref):
+    """Dice coefficient of two bool arrays: 1 if both are empty, 0 if one is [FLARE22]."""
+    size = np.count_nonzero(pred) + np.count_nonzero(ref)  # voxels
+    return 2 * np.count_nonzero(pred & ref) / size if size else 1.0
+
 def surfel_areas(spacing):
     """float (256,): area in mm2 of the surface at a voxel corner, by code; spacing in mm (3,)."""
     normals, (s0, s1, s2) = np.zeros((256, 4, 3)), spacing  # at most four triangles a code
@@ -823,12 +777,6 @@ def surfel_areas(spacing):
         codes = np.packbits((twin, 1 - twin))  # the complement has the same surface
         normals[codes, :len(rows)] = np.array([*map(list, rows)], float)[:, axes]
     return np.linalg.norm(normals / 8 * (s1 * s2, s0 * s2, s0 * s1), axis=2).sum(axis=1)
-
-def dice(pred, ref):
-    """Dice coefficient of two bool arrays: 1 if both are empty, 0 if one is [FLARE22]."""
-    size = np.count_nonzero(pred) + np.count_nonzero(ref)  # voxels
-    return 2 * np.count_nonzero(pred & ref) / size if size else 1.0
-
 def surface_dice(pred, ref, spacing, tolerance):
     """Surface Dice (NSD) of two bool arrays (X, Y, Z): the share of the area of both surfaces that
     lies within `tolerance` mm of the other one; 1 if both are empty, 0 if one is. spacing in mm, in
@@ -866,7 +814,6 @@ def evaluate_case(pred, ref, spacing, labels, tolerances=None, flare22=False):
         nsd = nan if t is None else 0.0 if flare22 and d < 0.2 else surface_dice(p, r, spacing, t)
         results[label] = (round(d, 4), round(nsd, 4)) if flare22 else (d, nsd)
     return results
-
 def table(results, tolerance):
     """Text table of {case: {label: (Dice, NSD)}}: mean +- sd over the cases, a row a label."""
     scores = np.array([[*c.values(), np.mean([*c.values()], axis=0)] for c in results.values()])
@@ -874,7 +821,6 @@ def table(results, tolerance):
     for name, m, s in zip([*next(iter(results.values())), "mean"], scores.mean(0), scores.std(0)):
         rows.append(f"{name:<5} {m[0]:.4f} +- {s[0]:.4f}  {m[1]:.4f} +- {s[1]:.4f}")
     return "\n".join(rows)
-
 def evaluate(
         predictions: str,  # a NIfTI file or a folder of them
         references: str,  # the same; cases of two folders go together by name
@@ -908,21 +854,20 @@ def markdown(rows):
     """Text of a Markdown table; the first row is the head."""
     lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
-
 def ablate(
         config: Config,
         labelled: tuple[int, ...] = (4,),  # numbers of labelled cases to compare at
         seeds: int = 3):  # runs of an arm, from --seed on: other weights, patches, labelled cases
     """Compare supervised, plain CPS, context CPS and the upper bound (all labels) at equal steps.
-    Finished arms are kept. Writes ablation.csv and ablation.md to --out: Dice of test cases, which
-    choose nothing, mean +- sd over seeds; and the gain of A over supervised with as many labels,
-    the mean difference of a seed and case and its 95 % confidence interval (Student's t)."""
+    Writes ablation.csv and .md to --out: Dice of test cases, which choose nothing, mean +- sd over
+    seeds; A's gain over supervised with as many labels, paired by seed and case (Student's t)."""
+    need(seeds > 0 < min(labelled), "--seeds, --labelled: must be 1 or more")
     config = replace(config, test=config.test or config.val, resume=True)
     arms = [*itertools.product(labelled, ("supervised", "cps", "context")), (0, "supervised")]
     rows, scores = [("method", "labels", "seed", "case", "label", "dice_a", "dice_both")], {}
     for (n, method), seed in itertools.product(arms, range(config.seed, config.seed + seeds)):
         name, out = method if n else "upper bound", f"{config.out}/{method}-{n or 'all'}-{seed}"
-        done = train(replace(config, method=method, labelled=n, seed=seed, out=out))
+        done = train(replace(config, method=method, labelled=n, seed=seed, out=out))  # if not done
         tests = done["results"], validate(done["run"], done["test"], networks="both")
         dice = [[[d for d, _ in case.values()] for case in test.values()] for test in tests]
         scores.setdefault((name, n or "all"), []).append((dice, done["minutes"]))
@@ -935,7 +880,7 @@ def ablate(
         gain = np.subtract(dice, base)[:, 0].mean(2).ravel()  # of (seeds, 2, cases, labels)
         low, high = stats.ttest_1samp(gain, 0).confidence_interval()
         means = np.hstack((np.mean(dice, (2, 3)), np.mean(dice, 2)[:, 0]))  # (seeds, 2 + labels)
-        table.append((name, n, *(f"{m.mean():.4f} +- {m.std():.4f}" for m in means.T),
+        table.append((name, n, *(f"{m.mean():.4f} +- {m.std(ddof=seeds > 1):.4f}" for m in means.T),
                       f"{gain.mean():+.4f} [{low:+.4f}, {high:+.4f}]" if gain.any() else "",
                       f"{np.mean([m for _, m in arrays]):.1f}"))
     write_text(f"{config.out}/ablation.csv", rows)
@@ -945,19 +890,16 @@ def ablate(
 def costs(config, classes):
     """Parameters of a network, FLOPs (two for a multiply-add) of its forward pass of a patch and of
     a training step, bytes that a step keeps in fp32. Counted on the meta device, nothing is run."""
-    network, kept = UNet3D(classes, config.base_channels, config.levels).to("meta"), {}
-    def keep(tensor):  # for the backward pass
-        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        return tensor
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(
-            keep, lambda tensor: tensor):
+    network, kept = UNet3D(classes, config.base_channels, config.levels).to("meta"), []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    with FlopCounterMode(display=False) as counter, hooks:
         loss = network(torch.empty(1, 1, *config.patch, device="meta")).sum()
         forward = counter.get_total_flops()
         loss.backward()
+    kept = {(s := t.untyped_storage())._cdata: s.nbytes() for t in kept if type(t) is torch.Tensor}
     n = 2 * config.batch * (1 + (config.method != "supervised"))  # patches of both networks
     weights = sum(p.numel() for p in network.parameters())  # as many gradients and momenta
     return weights, forward, counter.get_total_flops() * n, sum(kept.values()) * n + 24 * weights
-
 def info(
         config: Config,
         checkpoint: str = "",  # best.pt or last.pt: tell of its training, not of the flags'
@@ -978,9 +920,8 @@ def info(
     overlaps = [overlap_slices((0, 0, 0), np.array(small.patch) // 8, small.patch)] * crops
     batch = {"tensors": [images, images, target, target >= 0], "overlaps": overlaps}
     parts = run.networks, run.optimisers, batch, c.lam, c, run.scaler, run.autocast
-    def seconds(function, repeats):  # a Timer warms up and waits for a GPU
-        timer = Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
-        return float(np.median([timer.timeit(1).mean for _ in range(repeats)]))
+    def seconds(f, n):  # a Timer warms up and waits for a GPU
+        return Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads()).timeit(n).mean
     step = seconds(lambda: train_step(*parts), 20 if bench else 2) * flops / costs(small, k)[2]
     memory = torch.cuda.max_memory_allocated() if gpu else memory
     a = torch.randn([8192 if gpu else 2048] * 2, device=run.device)
@@ -988,75 +929,20 @@ def info(
         peak = 2 * len(a)**3 / seconds(lambda: a @ a, 5)
     hours = c.epochs * c.epoch_steps * step / 3600
     print(markdown([
-        ("environment", platform.platform()),
-        ("CPU", f"{platform.machine()}, {os.cpu_count()} logical cores"),
-        ("GPU", f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}" if gpu else "none"),
-        ("software", f"Python {platform.python_version()}, torch {torch.__version__}, numpy "
-                     f"{np.__version__}, nibabel {nib.__version__}"),
-        ("method", f"{c.method}; Dice + CE; {c.lam:g} x {c.pseudo_loss} on pseudo labels"),
-        ("initialisation", f"normal: he (A), {c.init_b} (B), from two seeds"),
+        ("machine", f"{platform.platform()}, {os.cpu_count()} cores, torch {torch.__version__}"),
+        ("GPU", torch.cuda.get_device_name() if gpu else "none"),
+        ("method", f"{c.method}; A he-normal, B {c.init_b}-normal; {c.lam:g} x {c.pseudo_loss}"),
         ("batch", f"{n} labelled patches and {crops} pairs, {c.patch}"),
-        ("schedule", f"{c.epochs} epochs of {c.epoch_steps} steps"),
         ("optimiser", f"SGD, Nesterov momentum {c.momentum:g}, weight decay {c.weight_decay:g}"),
-        ("learning rate", f"{c.lr:g}, halved every {c.halve_epochs} epochs"),
-        ("parameters of a network", f"{weights:,}"),
-        ("FLOPs", f"{forward:.4g} of a patch, {flops:.4g} of a step"),
+        ("epochs", f"{c.epochs} of {c.epoch_steps} steps; lr {c.lr:g}, / 2 each {c.halve_epochs}"),
+        ("parameters, FLOPs", f"{weights:,}, {forward:.4g} a patch; {flops:.4g} FLOPs a step"),
         ("memory of a step", f"{memory / 2**30:.3g} GiB, {('counted', 'measured')[gpu]}"),
         ("time of a step", f"{step:.3g} s, {2 * len(images) / step:.3g} patches a second"),
         ("share of a matrix product's speed", f"{flops / step / peak:.0%} of {peak:.3g} FLOP/s"),
         ("training time", f"{hours:.3g} h = {hours / 24:.2g} days, without validation"),
-        ("energy", f"{hours * watts / 1000:.3g} kWh = hours x {watts:g} W / 1000"),
-        ("CO2 eq", f"{hours * watts / 1000 * carbon:.3g} kg = kWh x {carbon:g} kg"),
+        ("energy", f"{(kwh := hours * watts / 1000):.3g} kWh: hours x {watts:g} W / 1000"),
+        ("CO2 eq", f"{kwh * carbon:.3g} kg: kWh x {carbon:g} kg"),
         *[("done", f"{run.step} steps, validation Dice {run.best:.4f}")] * bool(checkpoint)]))
-
-def export(
-        checkpoint: str,  # best.pt or last.pt of a run
-        out: str):  # the file to write: model.onnx
-    """Write network A as ONNX for batches of any size, with all that `predict` needs, and check it.
-    Returns the exit code: 1 if its logits differ from PyTorch's by more than 1e-3."""
-    need(out.endswith(".onnx"), f"{out}: is no name that predict takes; end it in .onnx")
-    run = Run.load(checkpoint, device="cpu")
-    network, config, ids = run.networks[0], run.config, run.ids
-    program = torch.onnx.export(
-        network, (image := torch.randn(2, 1, *config.patch),), dynamo=True, verbose=False,
-        input_names=["image"], dynamic_shapes=[{0: torch.export.Dim("batch")}])
-    program.model.metadata_props["cps"] = json.dumps({"config": asdict(config), "ids": ids})
-    with atomic(out) as temporary:
-        program.save(temporary)
-    with torch.inference_mode():
-        difference = (network(image) - Run.load(out).networks[0](image)).abs().max()
-    print(f"{out}: largest difference of the logits from PyTorch's: {difference:.1e}")
-    return int(difference > 1e-3)
-
-def figure(run, best, cases):
-    """Write figure.png: the curves of the log and, of some cases, the slice with most foreground.
-    Okabe and Ito's colours, which colour-blind readers tell apart."""
-    from matplotlib import colors, figure  # optional
-    okabe, n = "#E69F00 #56B4E9 #009E73 #F0E442 #0072B2 #D55E00 #CC79A7".split(), len(run.ids)
-    cmap = colors.ListedColormap([okabe[i % 7] for i in range(n)])
-    page = figure.Figure((10, 3 + 2.3 * len(cases)), layout="constrained")
-    heights = [3] + [2.3] * len(cases)
-    top, *below = page.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-    curves = (("loss_sup", "loss_cps"), ("agreement", "foreground"), ("dice",))
-    for axes, names in zip(top.subplots(1, 3), curves):
-        for name, style, colour in zip(names, ("o-", "x--"), okabe[4:]):
-            points = [(row[0], row[LOG.index(name)]) for row in run.rows]
-            axes.plot(*zip(*points), style, ms=3, color=colour, label=name)
-        axes.set_xlabel("step")
-        axes.legend()
-    for part, case in zip(below, cases):
-        image, label, _ = (np.load(path, mmap_mode="r") for path in case.arrays)
-        a, b = (segment(best, image, network) for network in "ab")
-        shown = {case.name: 0 * a, "reference": label, "A": a, "B": b, "A is not B": a != b}
-        z = np.count_nonzero(label, (0, 1)).argmax()
-        view = {"origin": "lower", "aspect": case.info[1] / case.info[0], "interpolation": "none"}
-        for axes, (title, ids) in zip(part.subplots(1, 5), shown.items()):
-            axes.imshow(image[:, :, z].T.astype(float), "gray", **view)
-            classes = np.ma.masked_equal(np.searchsorted([0, *run.ids], ids[:, :, z].T), 0)
-            axes.imshow(classes, cmap, vmin=0.5, vmax=n + 0.5, **view)
-            axes.set(title=title, xticks=[], yticks=[])
-    with atomic(f"{run.config.out}/figure.png") as temporary:
-        page.savefig(temporary, format="png", dpi=150)
 
 # 12. Command line =================================================================================
 def add_flags(parser, target, skip=("config",)):
@@ -1079,7 +965,6 @@ def add_flags(parser, target, skip=("config",)):
         if p.default is not p.empty and name != "data":
             name = "--" + name.replace("_", "-")
         parser.add_argument(name, help=comments[p.name].replace("%", "%%"), **options)
-
 def config_from(command, data=None, preset=None, **given):
     """Config of flags on top of a preset; without DATA that of the phantom."""
     given = {key: value if type(value) is not list else tuple(i for i in value if i is not None)
@@ -1091,29 +976,20 @@ def config_from(command, data=None, preset=None, **given):
     what = given.get("method", "context") if command == "train" else command
     out = f"runs/{Path(data or '').resolve().name}-{what}"
     return Config(**PRESETS[preset] | {"data": data or "", "preset": preset, "out": out} | given)
-
 def main(argv=None):
     """Run a command. Returns its exit code: 0, 1 (some cases failed), 2 (bad input), 130."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="name")
-    for function in (train, predict, evaluate, ablate, info, export):
+    for function in (train, predict, evaluate, ablate, info):
         text = function.__doc__.split(". ")[0] + "."
         p = commands.add_parser(function.__name__, help=text, description=text, allow_abbrev=False)
         add_flags(p, function)
         p.error = parser.error = lambda text: need(False, f"{text}; see cps.py [COMMAND] --help")
     def run(name, **args):
-        parameters = inspect.signature(globals()[name]).parameters
-        own = {key: args.pop(key) for key in args.keys() & parameters.keys()}
-        if "config" in parameters:
-            own["config"] = config_from(name, **args)
-        result = globals()[name](**own)
+        own = {k: args.pop(k) for k in args.keys() & inspect.signature(globals()[name]).parameters}
+        result = globals()[name](*[config_from(name, **args)] if args else (), **own)
         return result if type(result) is int else 0
     nib.imageglobals.logger.setLevel("CRITICAL")  # what is wrong with a scan, an error says
-    if "RANK" in os.environ:  # one of the processes of torchrun
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group()
-        sys.stdout = open(os.devnull, "w") if rank() else sys.stdout
     try:
         return attempt(lambda: run(**vars(parser.parse_args(argv))))
     except KeyboardInterrupt as error:

@@ -4,6 +4,7 @@ the fifteen traps that a toy version of this method falls into (`test_trap_01_..
     python -m pytest -q test_cps.py
 """
 import csv
+import dataclasses
 import functools
 import gzip
 import io
@@ -116,9 +117,9 @@ def networks(classes=3, base=2):
     torch.manual_seed(0)
     return [cps.UNet3D(classes, base, 2) for _ in "AB"]
 
-def stepper(nets, config):
+def stepper(nets, config, lr=0.05):
     """A function that does cps.train_step on a batch: loss_sup, loss_cps, agreement, foreground."""
-    sgd = [torch.optim.SGD(net.parameters(), 0.05, 0.9, nesterov=True) for net in nets]
+    sgd = [torch.optim.SGD(net.parameters(), lr, 0.9, nesterov=True) for net in nets]
     rest = 0.7, config, torch.amp.GradScaler("cpu", enabled=False), nullcontext()
     return lambda batch: cps.train_step(nets, sgd, batch, *rest).tolist()
 
@@ -479,6 +480,43 @@ def test_train_step_is_the_formula(i, pseudo_loss):
         assert all(torch.allclose(p, q, atol=1e-5)
                    for p, q in zip(net.parameters(), learned.parameters()))
 
+def instance_norms(net):
+    """The network in contiguous memory, with PyTorch's InstanceNorm3d for each GroupNorm."""
+    for name, child in [*net.named_children()]:
+        if isinstance(child, nn.GroupNorm):
+            norm = nn.InstanceNorm3d(child.num_channels, child.eps, affine=True)
+            norm.load_state_dict(child.state_dict())
+            setattr(net, name, norm)
+        instance_norms(child)
+    return net.to(memory_format=torch.contiguous_format)
+
+def test_what_makes_a_step_fast_changes_no_loss_of_20_steps():
+    """Channels-last, GroupNorm, one forward for all patches, an optimiser over all tensors at once,
+    against contiguous memory, InstanceNorm, a forward for each patch, tensor after tensor."""
+    make_data()
+    data, plain = patches(epochs=10), [instance_norms(net) for net in networks()]
+    nets = [net.to(memory_format=torch.channels_last_3d) for net in networks()]
+    step = stepper(nets, data.config, lr=0.01)
+    optimisers = [torch.optim.SGD(net.parameters(), 0.01, 0.9, nesterov=True, foreach=False)
+                  for net in plain]
+    for i in range(20):
+        *images, target, valid = data[i]["tensors"]
+        outs = [[net(one[None]) for one in image] for net, image in zip(plain, images)]
+        sup = sum(plain_loss(torch.cat(out[:2]), target) for out in outs)
+        cross = 0
+        for k, slices in enumerate(data[i]["overlaps"]):
+            a, b = (out[2 + k][(..., *s)] for out, s in zip(outs, slices))
+            seen = valid[k][slices[0]][None]
+            for out, label in ((a, b.argmax(1)), (b, a.argmax(1))):
+                cross = cross + plain_loss(out, label.masked_fill(~seen, -1)) / 2
+        for optimiser in optimisers:
+            optimiser.zero_grad()
+        (sup + 0.7 * cross).backward()
+        for net, optimiser in zip(plain, optimisers):
+            nn.utils.clip_grad_norm_(net.parameters(), data.config.grad_clip)
+            optimiser.step()
+        assert step(data[i])[:2] == pytest.approx([sup.item(), cross.item()], abs=1e-5)
+
 def test_signals_are_given_back_after_an_interrupt(monkeypatch):
     make_data()
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -720,6 +758,84 @@ def test_paper_preset_is_the_paper(monkeypatch, capsys):
     printed = capsys.readouterr().out
     for key, value in want.items():
         assert getattr(cps.Config(), key) == value and f"{key}={value}" in printed
+
+# Reports ------------------------------------------------------------------------------------------
+def test_costs_are_those_of_a_hand_count():
+    """One level: 3x3x3 convolutions 1>4 and 4>4, a head 4>3; the image wants no gradient."""
+    config = cps.Config(patch=(6, 5, 4), levels=1, base_channels=4, batch=3)
+    first, second, head, voxels = 27 * 4, 27 * 4 * 4, 4 * 3, 6 * 5 * 4
+    weights, forward, step, kept = cps.costs(config, 3)
+    assert weights == first + second + head + 2 * 2 * 4 + 3
+    assert weights == sum(p.numel() for p in cps.UNet3D(3, 4, 1).parameters())
+    assert forward == 2 * voxels * (first + second + head)
+    assert step == 2 * voxels * (2 * first + 3 * second + 3 * head) * 2 * (3 + 3)  # A, B; x, u
+    # The image, and after each convolution its output and that of the norm; 2 numbers a channel.
+    assert kept == 12 * 4 * (voxels * (1 + 4 * 4) + 2 * 2 * 4) + 2 * 3 * 4 * weights
+    assert cps.costs(cps.Config(), 14)[0] == sum(
+        p.numel() for p in cps.UNet3D(14, 32, 5).parameters()) == 16_544_526
+    supervised = cps.costs(dataclasses.replace(config, method="supervised"), 3)
+    assert supervised[:2] == (weights, forward) and supervised[2] == step / 2
+
+def rows_of(markdown):
+    """The rows of a Markdown table, each a list of its cells; the line under the head checked."""
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in markdown.splitlines()]
+    assert all(set(cell) == {"-"} for cell in rows.pop(1)) and len({*map(len, rows)}) == 1
+    return rows
+
+def test_info_fills_every_blank_and_describes_a_checkpoint(trained, monkeypatch, capsys):
+    monkeypatch.setattr(cps, "make_phantom", None)  # not built for this
+    for which, words in (
+            (["--base-channels", "1"], ["(160, 160, 96)", "lr 0.01, / 2 each 200"]),
+            (["--checkpoint", f"{trained}/native/last.pt"], ["(8, 8, 8)", "120 steps", "0.05"])):
+        assert cps.main(["info", *which, "--device", "cpu", "--watts", "100", "--carbon", "2"]) == 0
+        rows = dict(rows_of(capsys.readouterr().out.strip()))
+        assert all(rows.values()) and all(word in " ".join(rows.values()) for word in words)
+        hours, kwh, kg = (float(rows[name].split()[0]) for name in ("training time", "energy",
+                                                                    "CO2 eq"))
+        assert kwh == pytest.approx(hours / 10, 0.02) and kg == pytest.approx(kwh * 2, 0.02)
+
+def test_ablate_compares_arms_of_equal_steps_on_cases_that_choose_nothing(monkeypatch, capsys):
+    make_data(labelled=8)
+    flags = {k: v for k, v in TINY.items() if k not in ("data", "labelled", "val")}
+    argv = ["ablate", "data", "--labelled", "1", "2", "--seeds", "2", "--seed", "3", "--val", "2",
+            "--test", "3", *words(flags)]
+    steps = spy(monkeypatch)
+    assert cps.main(argv) == 0
+    table = rows_of(pathlib.Path("run/ablation.md").read_text())
+    assert "\n".join(capsys.readouterr().out.splitlines()[-len(table) - 1:]) in (
+        pathlib.Path("run/ablation.md").read_text())
+    arms = [*itertools.product(("supervised", "cps", "context"), "12"), ("upper bound", "all")]
+    arms.sort(key=lambda arm: arm[1])
+    assert [tuple(row[:2]) for row in table[1:]] == arms and len(steps) == 6 * len(arms) * 2
+    rows, tests = table_of("run/ablation.csv"), names(cps.Config(**TINY | {"test": 3.0}), "test")
+    assert {row["case"] for row in rows} == tests and len(rows) == len(arms) * 2 * 3 * len(IDS)
+    def dice(which, **wanted):  # (seeds, cases, labels)
+        return np.reshape([float(row[which]) for row in rows
+                           if all(row[k] == v for k, v in wanted.items())], (2, 3, -1))
+    for (method, n), row in zip(arms, table[1:]):
+        a, both = (dice(which, method=method, labels=n) for which in ("dice_a", "dice_both"))
+        shown = [a.mean((1, 2)), both.mean((1, 2)), *a.mean(1).T]  # a mean for each seed
+        assert row[2:6] == [f"{x.mean():.4f} +- {x.std(ddof=1):.4f}" for x in shown]
+        if method in ("cps", "context"):
+            gain = (a - dice("dice_a", method="supervised", labels=n)).mean(2).ravel()
+            half = 2.5706 * gain.std(ddof=1) / 6 ** 0.5  # Student's t of 5 degrees, 97.5 %
+            got = [float(word.strip("[],")) for word in row[6].split()]
+            assert got == pytest.approx([gain.mean(), gain.mean() - half, gain.mean() + half],
+                                        abs=1e-4)
+        else:
+            assert row[6] == ""
+    for method, n, seed in (("context", "2", 4), ("supervised", "all", 3)):
+        run = cps.Run.load(f"run/{method}-{n}-{seed}/best.pt")
+        key = "upper bound" if n == "all" else method
+        case = cps.prepare(cps.split_cases(run.config), run.config)["test"][0]
+        scores = cps.validate(run, [case], networks="both")[case.name]
+        assert [f"{scores[i][0]}" for i in IDS] == [
+            r["dice_both"] for r in rows if (r["method"], r["labels"], r["seed"], r["case"]) == (
+                key, n, f"{seed}", case.name)]
+    before = pathlib.Path("run/ablation.csv").read_bytes()
+    assert cps.main(argv) == 0 and len(steps) == 6 * len(arms) * 2  # finished arms are kept
+    assert pathlib.Path("run/ablation.csv").read_bytes() == before
+    assert cps.main(["ablate", "data", "--seeds", "0"]) == 2
 
 # Whole runs ---------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
