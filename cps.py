@@ -288,7 +288,7 @@ def split_cases(config):
     test, val = (round(n) if n >= 1 else ceil(n * len(known)) for n in (config.test, config.val))
     rest = np.random.default_rng((1, config.seed)).permutation(known[test:]).tolist()
     n = config.labelled or len(rest) - val  # 0: all that are left
-    need(0 < n <= len(rest) - val, f"--labelled {n}: --val, --test leave {len(rest) - val} cases")
+    need(0 < n <= len(rest) - val, f"--labelled, --val, --test: want more than {len(known)} cases")
     parts = {"labelled": rest[val:val + n], "val": rest[:val], "test": known[:test],
              "unlabelled": rest[val + n:] + sorted(images.keys() - labels.keys())}  # no labels now
     need(parts["unlabelled"] or config.method == "supervised",
@@ -374,8 +374,7 @@ def for_each(what, items, one, threads=1):
         for i, code in enumerate(codes, 1):
             bad += code == 2
             progress(what, i, len(items), start)
-    print(f"{what}: {len(items) - bad} of {len(items)} cases done in "
-          f"{time.monotonic() - start:.1f} s", flush=True)
+    print(f"{what}: {len(items) - bad} of {len(items)} done in {time.monotonic() - start:.1f} s")
     return 0 if not bad else 2 if bad == len(items) else 1
 def prepare(split, config):
     """The split, all its cases checked and cached; the problems of all are reported in one go."""
@@ -550,6 +549,7 @@ class Run:
     def __init__(self, config, ids):
         gpu = config.device != "cpu" and torch.cuda.is_available()  # "auto" takes it
         self.device = torch.device(config.device.replace("auto", "cuda" if gpu else "cpu"))
+        torch.backends.cudnn.benchmark = gpu  # one patch size: the search for kernels pays
         self.config, self.ids = config, ids
         self.networks = [n.to(self.device, memory_format=torch.channels_last_3d)
                          for n in make_pair(config, len(ids) + 1)]
@@ -584,9 +584,9 @@ class Run:
             raise UserError(f"{path}: cannot be loaded as a checkpoint, {reason}") from error
 
 def train(config: Config):
-    """Train a pair of networks. Returns {"best_dice", "checkpoint", "steps", "results"}: validation
-    Dice; {case: {id: (Dice, NSD)}} of the test cases, or, if there are none, of validation."""
-    out, last, best = Path(config.out), Path(config.out) / "last.pt", f"{config.out}/best.pt"
+    """Train a pair of networks. Returns a dict of best_dice (of validation), checkpoint, steps,
+    results ({case: {id: (Dice, NSD)}} of test or else of val), run (the best), test, minutes."""
+    out, last, best = Path(config.out), Path(config.out, "last.pt"), Path(config.out, "best.pt")
     need(config.resume or not last.exists(), f"{out}: holds a run; --resume it, or change --out")
     print(*(f"{key}={value}" for key, value in asdict(config).items()), flush=True)
     split = prepare(split_cases(config), config)  # all is checked before anything is trained
@@ -615,8 +615,8 @@ def train(config: Config):
         print(f"\n{best}: mean Dice {run.best:.4f} on the {len(split['val'])} cases that chose it",
               f"\n{len(results)} {part} cases:\n{table(results, '2 mm')}" if results else "")
         print(f"\nNext: python cps.py predict {best} {images} {out}/predictions")
-        return {"best_dice": run.best, "checkpoint": best, "steps": run.step, "results": results,
-                "run": found, "test": split["test"],
+        return {"best_dice": run.best, "checkpoint": str(best), "steps": run.step,
+                "results": results, "run": found, "test": split["test"],
                 "minutes": sum(row[-1] for row in run.rows) * config.epoch_steps / 60}
 
 def train_loop(run, patches, val):
@@ -625,7 +625,6 @@ def train_loop(run, patches, val):
     def note(number, frame):  # a first signal lets the step end, a second one ends the process
         stop.append(signal.signal(number, signal.SIG_DFL))  # loader workers inherit it: Ctrl-C too
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    torch.backends.cudnn.benchmark = gpu  # one patch size: the search for kernels pays
     loader = torch.utils.data.DataLoader(patches, None, sampler=range(run.step, len(patches)),
                                          num_workers=gpu * config.workers, pin_memory=gpu)
     print(f"{device}, from step {run.step} on\n"
@@ -663,7 +662,7 @@ def end_epoch(run, patches, val, lr, lam, start, steps):
     run.rows.append((run.step, lr, lam, *means, dice, seconds))
     run.sums.zero_()
     names = "step,lr,lam,loss_sup,loss_cps,agreement,foreground,dice,seconds"
-    write_text(f"{config.out}/log.csv", [[names], *run.rows])  # all rows anew: no gap, no double
+    write_text(Path(config.out, "log.csv"), [[names], *run.rows])  # anew: no gap, no double
     print("{:6} {:8.5f} {:5.2f} {:8.4f} {:8.4f} {:10.3f} {:11.4f} {:7.4f} {:7.3f}  {}".format(
         *run.rows[-1], timedelta(seconds=int(seconds * (len(patches) - run.step)))), flush=True)
     if dice > run.best or epoch == config.epochs and not val:
@@ -674,9 +673,8 @@ def end_epoch(run, patches, val, lr, lam, start, steps):
 def validate(run, cases, tolerance=None, networks="a"):
     """{case: {id: (Dice, NSD)}} of prepared cases, on the grid of the cache."""
     def one(case):
-        image, label, _ = (np.load(path, mmap_mode="r") for path in case.arrays)
-        found = segment(run, image, networks)
-        return evaluate_case(found, label, case.info[:3], run.ids, tolerance)
+        scan, label, _ = (np.load(path, mmap_mode="r") for path in case.arrays)
+        return evaluate_case(segment(run, scan, networks), label, case.info[:3], run.ids, tolerance)
     return {case.name: one(case) for case in cases}
 
 # 9. Inference =====================================================================================
@@ -705,6 +703,7 @@ def sliding_window(networks, volume, patch, num_classes, overlap=0.5, device="cp
                 for corner, out in dict(zip(pair, logits.flip(axes) if axes else logits)).items():
                     box = (..., *map(slice, corner, np.add(corner, patch)))
                     slab[box] += out.float().softmax(0).mul_(weight)
+                del logits, out  # else they stay in memory beside those of the next windows
         done = after - first
         result.narrow(axis, first, done).copy_(slab.narrow(axis + 1, 0, done).argmax(0))
         for layer in slab.movedim(axis + 1, 1):  # one by one: all at once would take half a slab
@@ -856,23 +855,27 @@ def markdown(rows):
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 def ablate(
         config: Config,
-        labelled: tuple[int, ...] = (4,),  # numbers of labelled cases to compare at
+        labelled: tuple[int, ...] = (2,),  # numbers of labelled cases to compare at
         seeds: int = 3):  # runs of an arm, from --seed on: other weights, patches, labelled cases
-    """Compare supervised, plain CPS, context CPS and the upper bound (all labels) at equal steps.
-    Writes ablation.csv and .md to --out: Dice of test cases, which choose nothing, mean +- sd over
-    seeds; A's gain over supervised with as many labels, paired by seed and case (Student's t)."""
-    need(seeds > 0 < min(labelled), "--seeds, --labelled: must be 1 or more")
-    config = replace(config, test=config.test or config.val, resume=True)
+    """Compare supervised, plain CPS, context CPS and an upper bound, all labels, at equal steps; a
+    finished run is kept. Writes ablation.csv and .md: Dice of test cases, which choose nothing, the
+    mean +- sd over seeds; A's gain over supervised, paired by seed and case (Student's t)."""
+    out, config = Path(config.out), replace(config, test=config.test or config.val, resume=True)
+    need(seeds > 0 < min(labelled) and config.test, "--seeds, --labelled, --test: at least 1 each")
     arms = [*itertools.product(labelled, ("supervised", "cps", "context")), (0, "supervised")]
     rows, scores = [("method", "labels", "seed", "case", "label", "dice_a", "dice_both")], {}
+    split_cases(replace(config, method="cps", labelled=max(labelled)))  # enough cases for all?
     for (n, method), seed in itertools.product(arms, range(config.seed, config.seed + seeds)):
-        name, out = method if n else "upper bound", f"{config.out}/{method}-{n or 'all'}-{seed}"
-        done = train(replace(config, method=method, labelled=n, seed=seed, out=out))  # if not done
+        name, folder = method if n else "upper bound", f"{method}-{n or 'all'}-{seed}"
+        done = train(replace(config, method=method, labelled=n, seed=seed, out=f"{out / folder}"))
         tests = done["results"], validate(done["run"], done["test"], networks="both")
         dice = [[[d for d, _ in case.values()] for case in test.values()] for test in tests]
         scores.setdefault((name, n or "all"), []).append((dice, done["minutes"]))
         rows += [(name, n or "all", seed, case, label, a, both) for case, *pair in
                  zip(tests[0], *dice) for label, a, both in zip(done["run"].ids, *pair)]
+        write_text(out / "ablation.csv", rows)
+    need(len(rows) == 1 + len(arms) * seeds * len(tests[0]) * len(done["run"].ids),
+         f"{out}: runs differ in their label ids; raise --labelled or leave out rare labels")
     table = [("method", "labels", "A", "A and B", *(f"A, label {i}" for i in done["run"].ids),
               "gain of A [95 %]", "minutes")]
     for (name, n), arrays in scores.items():
@@ -883,13 +886,12 @@ def ablate(
         table.append((name, n, *(f"{m.mean():.4f} +- {m.std(ddof=seeds > 1):.4f}" for m in means.T),
                       f"{gain.mean():+.4f} [{low:+.4f}, {high:+.4f}]" if gain.any() else "",
                       f"{np.mean([m for _, m in arrays]):.1f}"))
-    write_text(f"{config.out}/ablation.csv", rows)
-    write_text(f"{config.out}/ablation.md", markdown(table) + "\n")
-    print(f"\n{config.out}/ablation.md, {len(done['test'])} test cases:\n{markdown(table)}")
+    write_text(out / "ablation.md", markdown(table) + "\n")
+    print(f"\n{out}/ablation.md, {len(done['test'])} test cases:\n{markdown(table)}")
 
 def costs(config, classes):
     """Parameters of a network, FLOPs (two for a multiply-add) of its forward pass of a patch and of
-    a training step, bytes that a step keeps in fp32. Counted on the meta device, nothing is run."""
+    a step, and bytes that it keeps in fp32, less the loss. On the meta device: nothing is run."""
     network, kept = UNet3D(classes, config.base_channels, config.levels).to("meta"), []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
     with FlopCounterMode(display=False) as counter, hooks:
@@ -923,14 +925,14 @@ def info(
     def seconds(f, n):  # a Timer warms up and waits for a GPU
         return Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads()).timeit(n).mean
     step = seconds(lambda: train_step(*parts), 20 if bench else 2) * flops / costs(small, k)[2]
-    memory = torch.cuda.max_memory_allocated() if gpu else memory
+    memory = torch.cuda.max_memory_allocated(run.device) if gpu else memory
     a = torch.randn([8192 if gpu else 2048] * 2, device=run.device)
     with run.autocast:
         peak = 2 * len(a)**3 / seconds(lambda: a @ a, 5)
     hours = c.epochs * c.epoch_steps * step / 3600
     print(markdown([
         ("machine", f"{platform.platform()}, {os.cpu_count()} cores, torch {torch.__version__}"),
-        ("GPU", torch.cuda.get_device_name() if gpu else "none"),
+        ("GPU", torch.cuda.get_device_name(run.device) if gpu else "none"),
         ("method", f"{c.method}; A he-normal, B {c.init_b}-normal; {c.lam:g} x {c.pseudo_loss}"),
         ("batch", f"{n} labelled patches and {crops} pairs, {c.patch}"),
         ("optimiser", f"SGD, Nesterov momentum {c.momentum:g}, weight decay {c.weight_decay:g}"),
@@ -952,18 +954,16 @@ def add_flags(parser, target, skip=("config",)):
         return None if word in ("auto", "native") else float(word)
     comments = dict(re.findall(r"^ +(\w+): .*?  # (.*)$", inspect.getsource(target), re.MULTILINE))
     parameters = inspect.signature(target).parameters
-    for name, p in parameters.items():
-        if p.annotation is Config:
-            add_flags(parser, Config, skip=parameters)
-        if name in skip:
-            continue
+    if "config" in parameters:
+        add_flags(parser, Config, skip=parameters)
+    for p in [p for name, p in parameters.items() if name not in skip]:
         kind, items = get_origin(p.annotation) or p.annotation, get_args(p.annotation)
         options = {"action": argparse.BooleanOptionalAction} if kind is bool else {
             "choices": items} if kind is Literal else {"type": kind} if kind is not tuple else {
             "type": number if items[0] is float else items[0], "nargs": "+"}
-        options |= {"nargs": "?"} if name == "data" else {"default": argparse.SUPPRESS}
-        if p.default is not p.empty and name != "data":
-            name = "--" + name.replace("_", "-")
+        options |= {"nargs": "?"} if p.name == "data" else {"default": argparse.SUPPRESS}
+        bare = p.name == "data" or p.default is p.empty
+        name = p.name if bare else "--" + p.name.replace("_", "-")
         parser.add_argument(name, help=comments[p.name].replace("%", "%%"), **options)
 def config_from(command, data=None, preset=None, **given):
     """Config of flags on top of a preset; without DATA that of the phantom."""
