@@ -105,6 +105,7 @@ class Config:
     grad_clip: float = 12.0  # largest norm of a network's gradient; 0: no limit [nnU-Net]
     validate_epochs: int = 10  # validate every so many epochs, and after the last [ours]
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU if there is one
+    compile: bool = False  # torch.compile: 20 % faster steps on a CPU after a minute [measured]
     amp: bool = True  # mixed precision on a GPU: bf16, or fp16 if it has no bf16
     workers: int = 8  # loader processes for a GPU; on a CPU there are none
     cache: str = "runs/.cache"  # folder of preprocessed volumes; may be deleted
@@ -128,7 +129,7 @@ class Config:
 PRESETS = {"paper": {}, "quick": {  # momentum 0.99 wants more than some hundred steps [measured]
     "patch": (32, 48, 32), "base_channels": 8, "levels": 4, "epochs": 20, "epoch_steps": 20,
     "halve_epochs": 8, "lr": 0.2, "momentum": 0.9, "validate_epochs": 4}}  # lr: finds small organs
-MAY_CHANGE = {"resume", "out", "epochs", "device", "workers", "cache"}  # on --resume
+MAY_CHANGE = {"resume", "out", "epochs", "device", "compile", "workers", "cache"}  # on --resume
 
 # 2. The method: pure functions, tensors in, scalar out ============================================
 def overlapping_corners(rng, shape, patch, min_overlap):
@@ -629,6 +630,7 @@ def train_loop(run, patches, val):
                                          num_workers=gpu * config.workers, pin_memory=gpu)
     print(f"{device}, from step {run.step} on\n"
           "  step       lr   lam loss_sup loss_cps  agreement  foreground    dice  s/step      ETA")
+    networks = [torch.compile(net) if config.compile else net for net in run.networks]
     start, first = time.monotonic(), run.step
     try:
         for batch in loader:
@@ -637,7 +639,7 @@ def train_loop(run, patches, val):
             lr = config.lr * 0.5 ** (run.step // config.epoch_steps // config.halve_epochs)
             for optimiser in run.optimisers:
                 optimiser.param_groups[0]["lr"] = lr
-            run.sums += train_step(run.networks, run.optimisers, batch, lam, config, run.scaler,
+            run.sums += train_step(networks, run.optimisers, batch, lam, config, run.scaler,
                                    run.autocast)
             run.step += 1  # what a checkpoint calls done
             progress("step", run.step - first, len(patches) - first, start)
@@ -655,9 +657,8 @@ def end_epoch(run, patches, val, lr, lam, start, steps):
     config, dice, means = run.config, nan, (run.sums / run.config.epoch_steps).tolist()  # waits
     epoch, seconds = run.step // config.epoch_steps, (time.monotonic() - start) / steps
     need(np.isfinite(means).all(), f"{config.out}: the loss is not finite; lower --lr")
-    if epoch % config.validate_epochs == 0 or epoch == config.epochs:
-        scores = [d for case in validate(run, val).values() for d, _ in case.values()]  # Dice
-        dice = float(np.mean(scores or nan))
+    if val and (epoch % config.validate_epochs == 0 or epoch == config.epochs):
+        dice = float(np.mean([d for c in validate(run, val).values() for d, _ in c.values()]))
     means[1:] = means[1:] if config.method != "supervised" else [nan] * 3
     run.rows.append((run.step, lr, lam, *means, dice, seconds))
     run.sums.zero_()
@@ -693,7 +694,7 @@ def sliding_window(networks, volume, patch, num_classes, overlap=0.5, device="cp
     slab = torch.zeros(num_classes, *np.where(np.arange(3) == axis, patch, shape), device=device)
     result = torch.zeros(*shape, dtype=torch.uint8)  # all that grows along the axis
     corners, along = [*itertools.product(*starts)], np.eye(3, dtype=int)[axis]
-    for first, after in itertools.pairwise([*firsts, shape[axis]]):
+    for first, done in zip(firsts, np.diff([*firsts, shape[axis]])):
         # In twos: for a batch of one, PyTorch's 3D convolution on a CPU is some 5 times slower.
         for pair in itertools.zip_longest(corners[::2], corners[1::2], fillvalue=corners[-1]):
             boxes = [read_box(volume, corner + along * first, patch) for corner in pair]
@@ -704,7 +705,6 @@ def sliding_window(networks, volume, patch, num_classes, overlap=0.5, device="cp
                     box = (..., *map(slice, corner, np.add(corner, patch)))
                     slab[box] += out.float().softmax(0).mul_(weight)
                 del logits, out  # else they stay in memory beside those of the next windows
-        done = after - first
         result.narrow(axis, first, done).copy_(slab.narrow(axis + 1, 0, done).argmax(0))
         for layer in slab.movedim(axis + 1, 1):  # one by one: all at once would take half a slab
             layer[:-done] = layer[done:].clone()

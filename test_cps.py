@@ -534,6 +534,17 @@ def test_trap_03_networks_that_see_single_voxels_agree_on_all_of_the_overlap():
     one = stepper([net, net], data.config)
     assert all(one(data[i])[2] == pytest.approx(1, abs=1e-5) for i in range(4))
 
+def test_compiled_networks_are_those_that_are_trained_and_saved(monkeypatch):
+    make_data()
+    compiled = []
+    def compile(net):  # as torch.compile: another module that shares the weights
+        compiled.append(net)
+        return nn.Sequential(net)
+    monkeypatch.setattr(torch, "compile", compile)
+    assert train(out="plain") == 0 and not compiled
+    assert train("--compile", out="run") == 0 and len(compiled) == 2
+    assert same_weights("plain/last.pt", "run/last.pt")
+
 def test_one_batch_can_be_learned_by_heart():
     make_data()
     data, nets = patches(method="supervised", **STILL), networks(base=4)
