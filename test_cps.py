@@ -838,6 +838,7 @@ def test_ablate_compares_arms_of_equal_steps_on_cases_that_choose_nothing(monkey
     for method, n, seed in (("context", "2", 4), ("supervised", "all", 3)):
         run = cps.Run.load(f"run/{method}-{n}-{seed}/best.pt")
         key = "upper bound" if n == "all" else method
+        assert (run.config.seed, run.config.method) == (seed, method)
         case = cps.prepare(cps.split_cases(run.config), run.config)["test"][0]
         scores = cps.validate(run, [case], networks="both")[case.name]
         assert [f"{scores[i][0]}" for i in IDS] == [
