@@ -10,7 +10,8 @@ Supervision for Semi-supervised Medical Image Segmentation, FLARE 2022; CPS: Che
     python cps.py train DATA --labelled 8   your scans (MSD / nnU-Net layout), 8 of them with labels
     python cps.py predict CHECKPOINT IMAGE_OR_DIR OUT_DIR
     python cps.py evaluate PREDICTIONS REFERENCES [--flare22]
-    python cps.py ablate DATA, python cps.py info   does it help? the paper's tables, no blanks
+    python cps.py ablate DATA               does it help? supervised, CPS, context CPS, all labels
+    python cps.py export CHECKPOINT model.onnx, python cps.py info        the paper's tables, filled
 
     NIfTI files -> cache (memory-mapped) -> patches -> train_step -> checkpoint
                        metrics <- NIfTI files <- sliding_window <-------+
@@ -29,22 +30,18 @@ up; two draws of He-normal (or --init-b xavier); 250 steps an epoch (fits its 96
 augmentation, unmirrored, as kidneys have sides; validation chooses the checkpoint; A predicts.
 Contents: grep '^# [0-9]' cps.py; section 2 is the method. Not for clinical use.
 """
-import argparse, inspect, io, itertools, json, os, platform, re, signal  # noqa: I001
-import sqlite3, sys, time, zipfile, zlib
-from concurrent.futures import ThreadPoolExecutor
+import argparse, concurrent.futures, datetime, inspect, io, itertools, json, os  # noqa: I001
+import platform, re, signal, sqlite3, sys, tempfile, time, zipfile, zlib
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
-from math import ceil, inf, nan
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin
 
 import nibabel as nib
 import numpy as np
 import torch
-from scipy import ndimage, stats
-from scipy.spatial.transform import Rotation
-from torch import nn
+from scipy import ndimage, spatial, stats
+from torch import distributed, inf, nan, nn
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -55,6 +52,14 @@ def need(holds, sentence):
     """Raise UserError with the sentence unless something holds."""
     if not holds:
         raise UserError(sentence)
+@contextmanager
+def blame(path, problem, remedy, kinds=Exception):
+    """Turn errors of the `with` block into a UserError: path, problem, what was raised, remedy."""
+    try:
+        yield
+    except kinds as error:  # broken files make nibabel, zipfile, pickle ... raise a dozen types
+        reason = getattr(error, "strerror", "") or str(error) or type(error).__name__
+        raise UserError(f"{path}: {problem}, {' '.join(reason.split())[:200]}; {remedy}") from error
 def attempt(function, *args):
     """Call a function; print what the user can mend and return 2. A defect keeps its traceback."""
     try:
@@ -129,6 +134,7 @@ class Config:
 PRESETS = {"paper": {}, "quick": {  # momentum 0.99 wants more than some hundred steps [measured]
     "patch": (32, 48, 32), "base_channels": 8, "levels": 4, "epochs": 20, "epoch_steps": 20,
     "halve_epochs": 8, "lr": 0.2, "momentum": 0.9, "validate_epochs": 4}}  # lr: finds small organs
+RANK = int(os.environ.get("RANK", "0"))  # of this process of torchrun; 0: alone, or the first
 MAY_CHANGE = {"resume", "out", "epochs", "device", "compile", "workers", "cache"}  # on --resume
 
 # 2. The method: pure functions, tensors in, scalar out ============================================
@@ -237,35 +243,19 @@ class Case(NamedTuple):
     arrays: tuple = ()  # .npy files, once prepared: image, and of a labelled case label and points
     info: tuple = ()  # once prepared: spacing x, y, z in mm, and a checksum of the image
 
-@contextmanager
-def atomic(path):
-    """Yield a temporary name beside `path`; rename it to `path` once it is written and on disk."""
-    temporary = Path(path).parent / f".{os.getpid()}-{time.monotonic_ns()}-{Path(path).name}"
-    try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
+def atomic(path, save, *args):
+    """Call save(temporary, *args), a name in a folder of its own; then rename that to `path`."""
+    (parent := Path(path).parent).mkdir(parents=True, exist_ok=True)
+    with (blame(path, "cannot be written", "make room or change it", OSError),
+          tempfile.TemporaryDirectory(prefix=".", dir=parent) as folder):
+        save(temporary := Path(folder, Path(path).name), *args)
         with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # first on disk
         temporary.replace(path)  # a crash or a full disk leaves the old file or the new, no half
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; make room or change it") from error
-    finally:
-        if temporary.exists():
-            temporary.unlink()
 def write_text(path, text):
     """Write a text, or rows as CSV."""
-    with atomic(path) as temporary:
-        lines = [text] if type(text) is str else (",".join(map(str, row)) + "\n" for row in text)
-        temporary.write_text("".join(lines), "utf-8")
-
-def only_user_of(folder):
-    """Context that keeps other processes out of a run folder; even kill -9 ends the lock."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:  # sqlite3 locks on any system alike
-        (lock := sqlite3.connect(folder / ".lock", timeout=0)).execute("BEGIN EXCLUSIVE")
-    except sqlite3.OperationalError as error:
-        raise UserError(f"{folder}: in use by another run, {error}; change --out") from error
-    return closing(lock)
+    lines = [text] if type(text) is str else (",".join(map(str, row)) + "\n" for row in text)
+    atomic(path, Path.write_text, "".join(lines), "utf-8")
 
 def list_scans(*paths):
     """{case name: path} of NIfTI files or folders of them; nnU-Net's `_0000` is not in a name."""
@@ -280,13 +270,11 @@ def list_scans(*paths):
     return scans
 def split_cases(config):
     """The cases of config.data: {"labelled", "unlabelled", "val", "test"}, each a list of Case."""
-    root = Path(config.data)
-    more = [*filter(Path.is_dir, [root / "imagesUn"]), *config.unlabelled]
-    images, labels = list_scans(root / "imagesTr", *more), list_scans(root / "labelsTr")
-    orphans = sorted(labels.keys() - images.keys())
-    need(not orphans, f"{root}/labelsTr: no image in imagesTr for {orphans[:5]}; add or remove")
+    labels = list_scans((root := Path(config.data)) / "labelsTr")
+    images = list_scans(root / "imagesTr", *root.glob("imagesUn"), *config.unlabelled)
+    need({*labels} <= {*images}, f"{root}/imagesTr: add images {sorted({*labels} - {*images})[:5]}")
     known = np.random.default_rng(0).permutation(sorted(labels)).tolist()  # all seeds: same tests
-    test, val = (round(n) if n >= 1 else ceil(n * len(known)) for n in (config.test, config.val))
+    test, val = (int(np.ceil(n if n >= 1 else n * len(known))) for n in (config.test, config.val))
     rest = np.random.default_rng((1, config.seed)).permutation(known[test:]).tolist()
     n = config.labelled or len(rest) - val  # 0: all that are left
     need(0 < n <= len(rest) - val, f"--labelled, --val, --test: want more than {len(known)} cases")
@@ -300,7 +288,7 @@ def split_cases(config):
 def read_scan(path, is_label=False, canonical=True, like=None):
     """Read a NIfTI file: volume (X, Y, Z), float32 or uint8, spacing in mm (3,), nibabel image.
     canonical: turned to RAS+; like: an image on whose grid it must lie. UserError if no scan."""
-    try:
+    with blame(path, "cannot be used", "replace or mend the file"):
         scan = nib.load(path)
         need(scan.get_data_dtype().kind in "iuf", f"its voxels are {scan.get_data_dtype()}")
         need(scan.ndim > 2 and {*scan.shape[3:]} <= {1}, f"its shape {scan.shape} is not 3D")
@@ -313,64 +301,54 @@ def read_scan(path, is_label=False, canonical=True, like=None):
             scan.affine, like.affine, atol=0.01), "its shape or affine is not that of the image")
         wrong = volume[abs(volume - volume.round().clip(0, 255)) > 1e-3] if is_label else ()
         need(not len(wrong), f"labels {np.unique(wrong)[:3]} are no whole numbers from 0 to 255")
-    except Exception as error:  # a broken file makes nibabel, gzip and numpy raise a dozen types
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: cannot be used, {reason}; replace or mend the file") from error
     volume = volume.round().astype(np.uint8) if is_label else volume
     if canonical:  # in one memory order too: then sums, and so results, agree to the bit
         volume = np.ascontiguousarray(nib.apply_orientation(volume, axes))
         spacing = spacing[np.argsort(axes[:, 0])]
     return volume, spacing, scan
-
 def resample(volume, shape, is_label=False):
     """Resample (X, Y, Z), edges aligned: linear; labels nearest, as 2 is not between 1 and 3."""
     grid, mode = torch.from_numpy(volume)[None, None], "nearest-exact" if is_label else "trilinear"
-    return nn.functional.interpolate(grid, tuple(shape), mode=mode)[0, 0].numpy()
+    return nn.functional.interpolate(grid, tuple(map(int, shape)), mode=mode)[0, 0].numpy()
 def preprocess(volume, spacing, config, path):
     """Clip, resample, z-score of a volume [paper, scope ours], in place if it can: float32."""
     low, high = config.clip or np.percentile(volume, (0.5, 99.5))  # HU, or whatever unit
     np.clip(volume, low, high, out=volume)  # first: no implant spreads, or decides mean and sd
     if config.spacing:
-        size = np.multiply(volume.shape, spacing) / config.spacing
-        volume = resample(volume, [max(1, round(n)) for n in size])
+        volume = resample(volume, np.rint(volume.shape * spacing / config.spacing).clip(1))
     std, mean = torch.std_mean(torch.from_numpy(volume))  # over all voxels, air too
     need(std > 1e-6, f"{path}: constant from {low:g} to {high:g}; set --clip or remove it")
     return torch.from_numpy(volume).sub_(mean).div_(std).numpy()
-
 def prepare_case(case, config):
-    """The case with its arrays in the cache, made only where they are missing, damaged or stale.
-    image: float16, finer than 1 HU in the paper's window; label: uint8; points: int32 (n, 4), id
-    and x, y, z of up to 1000 voxels of each label. The names hold a hash of files and settings."""
+    """The case with its arrays in the cache, made only where they are missing, damaged or stale:
+    image float16, label uint8, points int32 (n, 4): id, x, y, z of up to 1000 voxels a label."""
     files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in case[1:3] if f]
-    key = zlib.crc32(repr((files, config.clip, config.spacing)).encode())
+    key = zlib.crc32(repr((files, config.clip, config.spacing)).encode())  # in names: tells stale
     parts = ("image", "label", "points", "info") if case.label else ("image", "info")
     paths = [f"{config.cache}/{case.name}-{key}.{part}.npy" for part in parts]
     try:
         *_, info = (np.load(path, mmap_mode="r") for path in paths)  # whole and readable?
     except (OSError, ValueError, EOFError):
         volume, spacing, scan = read_scan(case.image)
-        arrays = [preprocess(volume, spacing, config, case.image).astype(np.float16)]
+        arrays = [preprocess(volume, spacing, config, case.image).astype(np.float16)]  # to < 1 HU
         if case.label:
             label = resample(read_scan(case.label, True, like=scan)[0], arrays[0].shape, True)
-            rng, points = np.random.default_rng(0), [np.zeros((0, 4), int)]
-            points += [np.insert(rng.permutation(np.argwhere(label == i))[:1000], 0, i, axis=1)
-                       for i in np.unique(label[label > 0])]  # (n, 4) each
-            arrays += [label, np.concatenate(points).astype(np.int32)]
+            rng, ids = np.random.default_rng(0), np.unique(label[label > 0])
+            points = [(i, *p) for i in ids for p in rng.permutation(np.argwhere(label == i))[:1000]]
+            arrays += [label, np.array(points, np.int32).reshape(-1, 4)]  # (0, 4) of no label
         info = np.array((*(config.spacing or spacing), zlib.crc32(arrays[0])))
         for path, array in zip(paths, [*arrays, info]):
-            with atomic(path) as temporary:
-                np.save(temporary, array)
+            atomic(path, np.save, array)
     return case._replace(arrays=tuple(paths[:-1]), info=tuple(info.tolist()))
-
 def progress(what, done, total, start):
     """Redraw one line with the time left, on a terminal only."""
     if sys.stdout.isatty():
-        left = timedelta(seconds=int((time.monotonic() - start) / done * (total - done)))
+        left = datetime.timedelta(seconds=int((time.monotonic() - start) / done * (total - done)))
         print(f"{what} {done}/{total}, {left} left  ", end="\r\n"[done == total], flush=True)
 def for_each(what, items, one, threads=1):
     """Call one(name, item) for all items and report bad ones: exit code 1 if some are, 2 if all."""
     bad, start = 0, time.monotonic()
-    with ThreadPoolExecutor(threads) as pool:
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         codes = (pool.map if threads > 1 else map)(lambda pair: attempt(one, *pair), items.items())
         for i, code in enumerate(codes, 1):
             bad += code == 2
@@ -392,21 +370,18 @@ def prepare(split, config):
     return {part: [done[case.name] for case in cases] for part, cases in split.items()}
 
 # 6. Phantom: something to segment on any machine ==================================================
-# name, centre and radii in % of half the body's width (x right, y front, z up), HU; 4 have no label
 ORGANS = (("fat", (0, 0, 0), (100, 90, 400), -90), ("muscle", (0, 0, 0), (90, 80, 400), 45),
           ("spine", (0, -60, 0), (16, 18, 300), 350), ("stomach", (-30, 42, 35), (30, 28, 36), 70),
           ("liver", (42, 16, 42), (42, 50, 50), 110), ("spleen", (-58, -14, 42), (26, 34, 42), 130),
-          ("right kidney", (40, -34, -50), (24, 24, 40), 170),  # of one shape and intensity:
-          ("left kidney", (-40, -34, -50), (24, 24, 40), 170),  # only the surroundings tell
-          ("aorta", (0, -20, 0), (14, 14, 300), 195))
-
+          *[("kidney", (x, -34, -50), (24, 24, 40), 170) for x in (40, -40)],  # only context tells
+          ("aorta", (0, -20, 0), (14, 14, 300), 195))  # centre and radii in % of half the width, HU
 def phantom_volume(rng, shape=(48, 48, 40)):
     """A body in RAS+, each another: image float (X, Y, Z) in HU and label uint8 (X, Y, Z)."""
     grid = np.stack(np.meshgrid(*(np.linspace(-1.1, 1.1, n) for n in shape), indexing="ij"))
     for coordinate in grid:  # a smooth random displacement: no outline is an ellipsoid
         coordinate += rng.uniform(1.3, 3.7) * ndimage.gaussian_filter(rng.standard_normal(shape), 5)
     image, label, phase = np.full(shape, -1000.0), np.zeros(shape, np.uint8), rng.uniform(0.8, 1.2)
-    for i, (_, centre, radii, hu) in enumerate(ORGANS, -3):
+    for i, (_, centre, radii, hu) in enumerate(ORGANS, -3):  # the first four have no label
         centre = np.divide(centre, 100) + rng.uniform(-0.06, 0.06, 3) * (i > -2)
         radii = np.divide(radii, 100) * (rng.uniform(0.9, 1.1, 3) if i > -2 else 1)
         organ = sum(((g - c) / r) ** 2 for g, c, r in zip(grid, centre, radii)) < 1  # an ellipsoid
@@ -421,38 +396,34 @@ def make_phantom(folder):
             if not path.exists():
                 array = phantom_volume(np.random.default_rng((group, i)))[kind == "labels"]
                 array = array[::-1, ::-1].round().astype(np.int16)  # LPS: never RAS+ by luck
-                with atomic(path) as temporary:
-                    nib.save(nib.Nifti1Image(array, np.diag((-6.0, -6.0, 6.0, 1.0))), temporary)
+                atomic(path, nib.Nifti1Image(array, np.diag((-6, -6, 6, 1))).to_filename)
 
 # 7. Patches: batch number i, from (seed, i) alone =================================================
 def read_box(volume, corner, shape, matrix=None, outside=0):
     """Cut a box out of a volume (X, Y, Z), maybe memory-mapped: only it is read. corner: an array.
-    Returns float32, 0 (the mean) outside the volume; with outside=-1, for labels, int16, -1 there.
-    matrix (3, 3) maps offsets from the box's centre to those in the volume: rotation and scale."""
-    if matrix is not None:  # read the box that covers the turned one, and turn it: linear, nearest
-        half = np.ceil(np.abs(matrix) @ (shape / 2)).astype(int) + 1
+    Returns float32, 0 (the mean) outside the volume; with outside=-1, for labels: int16, -1."""
+    if matrix is not None:  # (3, 3): maps offsets from the box's centre to those in the volume
+        half = np.ceil(np.abs(matrix) @ (shape / 2)).astype(int) + 1  # of a box that covers it all
         wide = read_box(volume, corner + shape // 2 - half, 2 * half + 1, None, outside)
         return ndimage.affine_transform(wide, matrix, half - matrix @ (shape // 2), tuple(shape),
-                                        order=1 + outside, cval=outside)
+                                        order=1 + outside, cval=outside)  # linear or nearest
     box = np.full(shape, outside, np.int16 if outside else np.float32)  # all padding at first
     low, high = np.clip(corner, 0, volume.shape), np.clip(corner + shape, 0, volume.shape)  # inside
     box[tuple(map(slice, low - corner, high - corner))] = volume[tuple(map(slice, low, high))]
     return box
 def spatial_matrix(rng, spacing):
     """Rotation to 30 degrees, scale 0.7 to 1.4 [nnU-Net]; in mm, else uneven voxels would shear."""
-    rotation = Rotation.from_euler("xyz", rng.uniform(-30, 30, 3), degrees=True).as_matrix()
+    turn = spatial.transform.Rotation.from_euler("xyz", rng.uniform(-30, 30, 3), degrees=True)
     scale = rng.uniform(*((0.7, 1) if rng.random() < 0.5 else (1, 1.4)))
-    return scale * np.diag(1 / np.asarray(spacing)) @ rotation @ np.diag(spacing)
+    return scale * np.diag(1 / np.asarray(spacing)) @ turn.as_matrix() @ np.diag(spacing)
 def augment(patch, rng, chance):
     """New float32 (X, Y, Z), intensities changed: nnU-Net's kinds, about its chances and ranges."""
     chances = chance * np.array((0.1, 0.1, 0.15, 0.15, 0.25, 0.3))
     noise, blur, brightness, contrast, coarse, gamma = rng.random(6) < chances
     if noise:
         patch = patch + rng.uniform(0, 0.1) * rng.standard_normal(patch.shape, np.float32)
-    if blur:
-        patch = ndimage.gaussian_filter(patch, rng.uniform(0.5, 1))  # sd in voxels
-    if brightness:
-        patch = patch * rng.uniform(0.75, 1.25)  # around 0, the mean
+    patch = ndimage.gaussian_filter(patch, rng.uniform(0.5, 1)) if blur else patch  # sd in voxels
+    patch = patch * rng.uniform(0.75, 1.25) if brightness else patch  # around 0, the mean
     if contrast:
         mean, low, high = patch.mean(), patch.min(), patch.max()
         patch = np.clip((patch - mean) * rng.uniform(0.75, 1.25) + mean, low, high)
@@ -467,27 +438,22 @@ def augment(patch, rng, chance):
 class Patches(torch.utils.data.Dataset):
     """Item i is the batch of step i, a dict. tensors: images for A and for B, (B + n, 1, *P), first
     B labelled patches, then n crops (n = B; 0 for `supervised`); target int64 (B, *P), classes or
-    -1 for padding; valid bool (n, *P), A's crop less padding. overlaps: n pairs of slices. Patch g,
-    counted over all processes, comes from the generator (seed, i, g) alone: resuming is exact."""
+    -1 for padding; valid bool (n, *P), A's crop less padding. overlaps: n pairs of slices."""
     def __init__(self, config, split, ids, rank=0):
-        self.config, self.split, self.patch = config, split, np.array(config.patch)
-        self.which = range(rank * config.batch, (rank + 1) * config.batch)  # patches g of this rank
+        self.config, self.patch = config, np.array(config.patch)
+        self.parts = [split["labelled"], split["unlabelled"]][:1 + (config.method != "supervised")]
+        self.which = range(rank * config.batch, (rank + 1) * config.batch)  # patch g over all ranks
         self.class_of = np.append(np.searchsorted([0, *ids], range(256)), -1)  # label id -> class
-    def __len__(self):
-        return self.config.epochs * self.config.epoch_steps
-    def __getitem__(self, step):
+    def __getitem__(self, step):  # by chance of (seed, step, g) alone: resuming is exact
         labelled, pairs = [], []  # of pairs A sees the first crop, at odd steps B
-        parts = ("labelled", "unlabelled")[:1 if self.config.method == "supervised" else 2]
         for g in self.which:
-            rng = np.random.default_rng((self.config.seed, step, g))  # all chance of patch g
-            cases = [self.split[part][int(u * len(self.split[part]))]
-                     for u, part in zip(rng.random(2), parts)]  # the first is alike for all methods
-            labelled.append(self.labelled_patch(cases[0], rng, centred=(step + g) % 2 == 1))
+            rng = np.random.default_rng((self.config.seed, step, g))  # cases alike for all methods
+            cases = [part[int(u * len(part))] for part, u in zip(self.parts, rng.random(2))]
+            labelled.append([self.labelled_patch(cases[0], rng, centred=(step + g) % 2 == 1)] * 2)
             pairs += [self.unlabelled_pair(case, rng)[::1 - step % 2 * 2] for case in cases[1:]]
-        images, target, _ = zip(*labelled)
-        images = [np.stack([*images, *(pair[i][0] for pair in pairs)])[:, None] for i in (0, 1)]
-        valid = np.stack([pair[0][1] for pair in pairs] or target) >= 0  # of A; the same in B
-        tensors = [torch.from_numpy(array) for array in (*images, np.stack(target), valid)]
+        images = [np.stack([pair[i][0] for pair in labelled + pairs])[:, None] for i in (0, 1)]
+        target, seen = (np.stack([a[1] for a, _ in two]) for two in (labelled, pairs or labelled))
+        tensors = [torch.from_numpy(array) for array in (*images, target, seen >= 0)]  # A's; as B's
         return {"tensors": tensors, "overlaps": [(a[2], b[2]) for a, b in pairs]}
     def crops(self, case, rng, corners):
         """The patches at one or two corners: (image float32, classes int64 or -1 outside, overlap),
@@ -503,11 +469,10 @@ class Patches(torch.utils.data.Dataset):
         return [(augment(image[box], rng, self.config.intensity), self.class_of[label[box]], where)
                 for box, where in zip(boxes, overlap_slices(corners[0], corners[-1], self.patch))]
     def labelled_patch(self, case, rng, centred):
-        """A patch and its classes; `centred` on a random voxel of a random class of the case, which
-        is nnU-Net's remedy for small organs. It needs the label: on unlabelled cases, a leak."""
+        """A patch; `centred` on a voxel of a random class, as small organs need it [nnU-Net]."""
         room = np.maximum(np.load(case.arrays[0], mmap_mode="r").shape - self.patch, 0)
         corner, points = rng.integers(0, room + 1), np.load(case.arrays[2])
-        if centred and len(points):
+        if centred and len(points):  # by the label: on unlabelled cases it would be a leak
             points = points[points[:, 0] == rng.choice(np.unique(points[:, 0]))]
             corner = np.clip(points[rng.integers(len(points)), 1:] - self.patch // 2, 0, room)
         return self.crops(case, rng, [corner])[0]
@@ -561,17 +526,23 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp and not bf16)  # fp16 needs
         self.step, self.best, self.rows, self.sums = 0, -1.0, [], torch.zeros(4, device=self.device)
     def save(self, name):
-        """Write a checkpoint of tensors and plain values, which loads with weights_only."""
+        """Write plain values and tensors, by way of memory: torch hides that a disk is full."""
         need(self.sums.isfinite().all(), f"{self.config.out}: the loss is not finite; lower --lr")
         state = {k: getattr(self, k) for k in ("ids", "step", "best", "rows", "sums")}
         parts = [part.state_dict() for part in (*self.networks, *self.optimisers, self.scaler)]
         torch.save(state | {"config": asdict(self.config), "parts": parts}, file := io.BytesIO())
-        with atomic(Path(self.config.out) / name) as temporary:  # torch hides that a disk is full
-            temporary.write_bytes(file.getbuffer())
+        atomic(Path(self.config.out) / name, Path.write_bytes, file.getbuffer())
     @classmethod
     def load(cls, path, **changes):
         """The run of a checkpoint, some fields of its config changed. Code in it is not run."""
-        try:
+        with blame(path, "cannot be loaded as a checkpoint", "give best.pt, last.pt or model.onnx"):
+            if Path(path).suffix == ".onnx":  # by `export`, for inference only
+                import onnxruntime  # optional
+                onnx = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+                config, ids = json.loads(onnx.get_modelmeta().custom_metadata_map["cps"])
+                run = cls(Config(**config | {"device": "cpu"}), ids)
+                run.networks = [lambda x: torch.from_numpy(onnx.run(None, {"image": x.numpy()})[0])]
+                return run
             need(not zipfile.ZipFile(path).testzip(), "it is damaged")  # torch skips the checksums
             state = torch.load(path, map_location="cpu", weights_only=True)  # no code of a pickle
             run = cls(Config(**state.pop("config") | changes), state["ids"])
@@ -580,125 +551,127 @@ class Run:
                 part.load_state_dict(saved or part.state_dict())  # a scaler that was off has none
             vars(run).update(state, sums=state["sums"].to(run.device))
             return run
-        except Exception as error:  # for a damaged file torch, zipfile and pickle raise many types
-            reason = str(error).split("\n")[0][:200] or type(error).__name__
-            raise UserError(f"{path}: cannot be loaded as a checkpoint, {reason}") from error
 
+LOG = ("step", "lr", "lam", "loss_sup", "loss_cps", "agreement", "foreground", "dice", "seconds")
 def train(config: Config):
-    """Train a pair of networks. Returns a dict of best_dice (of validation), checkpoint, steps,
-    results ({case: {id: (Dice, NSD)}} of test or else of val), run (the best), test, minutes."""
+    """Train a pair of networks. Returns best_dice, checkpoint, steps, results and more, a dict."""
     out, last, best = Path(config.out), Path(config.out, "last.pt"), Path(config.out, "best.pt")
-    need(config.resume or not last.exists(), f"{out}: holds a run; --resume it, or change --out")
+    need(RANK or config.resume or not last.exists(), f"{out}: holds a run; --resume or other --out")
     print(*(f"{key}={value}" for key, value in asdict(config).items()), flush=True)
     split = prepare(split_cases(config), config)  # all is checked before anything is trained
     points = [np.load(c.arrays[2]) for cases in split.values() for c in cases if c.label]
     ids = np.unique(np.concatenate(points)[:, 0]).tolist()
     need(ids, f"{config.data}: all labels are empty; there is nothing to learn")
-    with only_user_of(out):
+    out.mkdir(parents=True, exist_ok=True)
+    with blame(out, "in use by another run", "change --out"):  # sqlite3: alike on any system
+        (lock := sqlite3.connect(out / f".lock{RANK}", timeout=0)).execute("BEGIN EXCLUSIVE")
+    with closing(lock):  # even kill -9 ends it
         names = json.dumps({part: [c.name for c in some] for part, some in split.items()}, indent=1)
-        if last.exists():
-            run = Run.load(last, **{key: getattr(config, key) for key in MAY_CHANGE})
-            other = dict(asdict(config).items() - asdict(run.config).items())
-            known = (out / "split.json").read_text("utf-8", "replace"), run.ids
-            other |= {"cases or label ids": ids} if (names, ids) != known else {}
-            need(not other, f"{last}: begun with other values than {other}; change them or --out")
-        else:
-            run = Run(config, ids)
-            texts = names, json.dumps(asdict(config), indent=1), Path(__file__).read_text("utf-8")
-            for file, text in zip(("split.json", "config.json", "cps.py"), texts):
-                write_text(out / file, text)
-            run.save("last.pt")
-        train_loop(run, Patches(config, split, ids), split["val"])
-        part = "test" if split["test"] else "val"
+        if not last.exists():  # all processes of torchrun write the same
+            write_text(out / "split.json", names)
+            write_text(out / "config.json", json.dumps(asdict(config), indent=1))
+            write_text(out / "cps.py", Path(__file__).read_text("utf-8"))
+            Run(config, ids).save("last.pt")
+        run = Run.load(last, **{key: getattr(config, key) for key in MAY_CHANGE})
+        other = dict(asdict(config).items() - asdict(run.config).items())
+        if (names, ids) != ((out / "split.json").read_text("utf-8", "replace"), run.ids):
+            other["cases or label ids"] = ids
+        need(not other, f"{last}: begun with other values than {other}; change them or --out")
+        train_loop(run, Patches(config, split, ids, RANK), split["val"])
+        if distributed.is_initialized():
+            distributed.barrier()  # until process 0 has written best.pt
         images = max(Path(config.data).glob("imagesT[rs]"))  # of test cases, if there are any
-        found = Run.load(best, device=config.device)
+        found, part = Run.load(best, device=config.device), "test" if split["test"] else "val"
         results = validate(found, split[part], tolerance=2.0)
         print(f"\n{best}: mean Dice {run.best:.4f} on the {len(split['val'])} cases that chose it",
               f"\n{len(results)} {part} cases:\n{table(results, '2 mm')}" if results else "")
+        try:
+            figure(run, found, split["val"][:3])
+        except ImportError:
+            print(f"no {out}/figure.png: pip install matplotlib")
         print(f"\nNext: python cps.py predict {best} {images} {out}/predictions")
-        return {"best_dice": run.best, "checkpoint": str(best), "steps": run.step,
-                "results": results, "run": found, "test": split["test"],
+        return {"best_dice": run.best, "checkpoint": str(best), "steps": run.step,  # of validation
+                "results": results, "run": found, "test": split["test"],  # {case: {id: scores}}
                 "minutes": sum(row[-1] for row in run.rows) * config.epoch_steps / 60}
 
 def train_loop(run, patches, val):
     """From the step of `run` to the last; each epoch a row, a checkpoint and maybe validation."""
-    config, device, gpu, stop = run.config, run.device, run.device.type == "cuda", []
+    config, sgd, gpu, stop = run.config, run.optimisers, run.device.type == "cuda", []
+    steps = config.epochs * config.epoch_steps
     def note(number, frame):  # a first signal lets the step end, a second one ends the process
         stop.append(signal.signal(number, signal.SIG_DFL))  # loader workers inherit it: Ctrl-C too
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    loader = torch.utils.data.DataLoader(patches, None, sampler=range(run.step, len(patches)),
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)
+              if not distributed.is_initialized()}  # who waits for the others cannot end a step
+    loader = torch.utils.data.DataLoader(patches, None, sampler=range(run.step, steps),
                                          num_workers=gpu * config.workers, pin_memory=gpu)
-    print(f"{device}, from step {run.step} on\n"
-          "  step       lr   lam loss_sup loss_cps  agreement  foreground    dice  s/step      ETA")
+    print(f"{run.device}, from step {run.step} on\n" + " ".join(f"{k:>9}" for k in LOG), "    left")
     networks = [torch.compile(net) if config.compile else net for net in run.networks]
+    if distributed.is_initialized():  # averages the gradients of all processes
+        networks = [nn.parallel.DistributedDataParallel(network) for network in networks]
     start, first = time.monotonic(), run.step
     try:
         for batch in loader:
-            batch["tensors"] = [t.to(device, non_blocking=True) for t in batch["tensors"]]
-            lam = config.lam * rampup(run.step, config.rampup * len(patches))
+            batch["tensors"] = [t.to(run.device, non_blocking=True) for t in batch["tensors"]]
+            lam = config.lam * rampup(run.step, config.rampup * steps)
             lr = config.lr * 0.5 ** (run.step // config.epoch_steps // config.halve_epochs)
-            for optimiser in run.optimisers:
+            for optimiser in sgd:
                 optimiser.param_groups[0]["lr"] = lr
-            run.sums += train_step(networks, run.optimisers, batch, lam, config, run.scaler,
-                                   run.autocast)
+            run.sums += train_step(networks, sgd, batch, lam, config, run.scaler, run.autocast)
             run.step += 1  # what a checkpoint calls done
-            progress("step", run.step - first, len(patches) - first, start)
+            progress("step", run.step - first, steps - first, start)
             if run.step % config.epoch_steps == 0:
-                end_epoch(run, patches, val, lr, lam, start, run.step - first)
+                end_epoch(run, val, lr, lam, steps, (time.monotonic() - start) / (run.step - first))
                 start, first = time.monotonic(), run.step
             if stop:
                 run.save("last.pt")
                 raise KeyboardInterrupt(f"step {run.step} is saved; run this again with --resume")
     finally:
         list(map(signal.signal, before, before.values()))
-
-def end_epoch(run, patches, val, lr, lam, start, steps):
+def end_epoch(run, val, lr, lam, steps, seconds):
     """Validate if it is time, log a row, write last.pt and, if this is the best, best.pt."""
+    if distributed.is_initialized():
+        distributed.all_reduce(run.sums.div_(distributed.get_world_size()))  # the mean of all
     config, dice, means = run.config, nan, (run.sums / run.config.epoch_steps).tolist()  # waits
-    epoch, seconds = run.step // config.epoch_steps, (time.monotonic() - start) / steps
-    need(np.isfinite(means).all(), f"{config.out}: the loss is not finite; lower --lr")
+    epoch = run.step // config.epoch_steps
     if val and (epoch % config.validate_epochs == 0 or epoch == config.epochs):
         dice = float(np.mean([d for c in validate(run, val).values() for d, _ in c.values()]))
     means[1:] = means[1:] if config.method != "supervised" else [nan] * 3
     run.rows.append((run.step, lr, lam, *means, dice, seconds))
-    run.sums.zero_()
-    names = "step,lr,lam,loss_sup,loss_cps,agreement,foreground,dice,seconds"
-    write_text(Path(config.out, "log.csv"), [[names], *run.rows])  # anew: no gap, no double
-    print("{:6} {:8.5f} {:5.2f} {:8.4f} {:8.4f} {:10.3f} {:11.4f} {:7.4f} {:7.3f}  {}".format(
-        *run.rows[-1], timedelta(seconds=int(seconds * (len(patches) - run.step)))), flush=True)
+    run.sums *= 0  # what is not finite becomes NaN, which is never saved
+    if RANK:
+        return
+    write_text(Path(config.out, "log.csv"), [LOG, *run.rows])  # anew: no gap, no double
+    texts = (f"{round(v, 5):>{max(9, len(name))}}" for name, v in zip(LOG, run.rows[-1]))
+    print(*texts, datetime.timedelta(seconds=int(seconds * (steps - run.step))), flush=True)
     if dice > run.best or epoch == config.epochs and not val:
         run.best = dice
         run.save("best.pt")
     run.save("last.pt")
-
 def validate(run, cases, tolerance=None, networks="a"):
     """{case: {id: (Dice, NSD)}} of prepared cases, on the grid of the cache."""
-    def one(case):
-        scan, label, _ = (np.load(path, mmap_mode="r") for path in case.arrays)
-        return evaluate_case(segment(run, scan, networks), label, case.info[:3], run.ids, tolerance)
-    return {case.name: one(case) for case in cases}
+    return {case.name: evaluate_case(
+        segment(run, np.load(case.arrays[0], "r"), networks), np.load(case.arrays[1], "r"),
+        case.info[:3], run.ids, tolerance) for case in cases}
 
 # 9. Inference =====================================================================================
 @torch.inference_mode()
 def sliding_window(networks, volume, patch, num_classes, overlap=0.5, device="cpu", flips=((),)):
-    """Segment a preprocessed volume of any size: float (X, Y, Z) to uint8 (X, Y, Z).
-    A voxel gets the class of the largest Gaussian-weighted mean softmax over all windows, networks
-    and flips (axes of (B, C, X, Y, Z) to mirror). The last window, or padding, is at the end. Of
-    the sums only a slab exists, on the axis where it is smallest: what is done becomes uint8."""
+    """Classes uint8 (X, Y, Z) of a preprocessed volume of any size, float (X, Y, Z): those of the
+    largest Gaussian-weighted mean softmax over all windows, networks and flips (axes of (B, C, X,
+    Y, Z) to mirror). The last window, or padding, is at the end. Only a slab of the sums exists."""
     shape = np.maximum(volume.shape, patch)  # with the padding
-    axis = int(np.argmin(np.asarray(patch) / shape))
+    axis = int(np.argmin(np.asarray(patch) / shape))  # across which a slab is smallest
     starts = [[*range(0, s - p, int(p * (1 - overlap)) or 1), s - p] for s, p in zip(shape, patch)]
     firsts, starts[axis] = starts[axis], [0]  # along `axis`, corners are counted within the slab
     x, y, z = (np.exp(-0.5 * ((np.arange(p) - (p - 1) / 2) / (p / 8)) ** 2) for p in patch)  # (p,)
     weight = torch.tensor(np.einsum("x,y,z->xyz", x, y, z), device=device).float().clamp(1e-3)
     slab = torch.zeros(num_classes, *np.where(np.arange(3) == axis, patch, shape), device=device)
-    result = torch.zeros(*shape, dtype=torch.uint8)  # all that grows along the axis
+    result = torch.zeros(*shape, dtype=torch.uint8)  # the slab's argmax, as far as it is done
     corners, along = [*itertools.product(*starts)], np.eye(3, dtype=int)[axis]
     for first, done in zip(firsts, np.diff([*firsts, shape[axis]])):
-        # In twos: for a batch of one, PyTorch's 3D convolution on a CPU is some 5 times slower.
         for pair in itertools.zip_longest(corners[::2], corners[1::2], fillvalue=corners[-1]):
             boxes = [read_box(volume, corner + along * first, patch) for corner in pair]
-            windows = torch.from_numpy(np.stack(boxes)[:, None]).to(device)
+            windows = torch.from_numpy(np.stack(boxes)[:, None]).to(device)  # one alone: 5x slower
             for network, axes in itertools.product(networks, flips):
                 logits = network(windows.flip(axes))  # (2, K, *P); an odd last window came twice
                 for corner, out in dict(zip(pair, logits.flip(axes) if axes else logits)).items():
@@ -707,32 +680,27 @@ def sliding_window(networks, volume, patch, num_classes, overlap=0.5, device="cp
                 del logits, out  # else they stay in memory beside those of the next windows
         result.narrow(axis, first, done).copy_(slab.narrow(axis + 1, 0, done).argmax(0))
         for layer in slab.movedim(axis + 1, 1):  # one by one: all at once would take half a slab
-            layer[:-done] = layer[done:].clone()
-            layer[-done:] = 0
+            layer.copy_(nn.functional.pad(layer[done:], (0, 0, 0, 0, 0, done)))  # 0 behind it
     return result.numpy()[tuple(map(slice, volume.shape))]
 def largest_components(labels):
     """Keep the largest component (of voxels that share a face) of each label of uint8 (X, Y, Z)."""
     kept = np.zeros_like(labels)  # uint8 (X, Y, Z)
-    for label, box in enumerate(ndimage.find_objects(labels), 1):
-        if box:
-            parts, _ = ndimage.label(labels[box] == label)
-            kept[box][parts == np.bincount(parts.ravel())[1:].argmax() + 1] = label
+    for label, box in [(i, b) for i, b in enumerate(ndimage.find_objects(labels), 1) if b]:
+        parts, _ = ndimage.label(labels[box] == label)
+        kept[box][parts == np.bincount(parts.ravel())[1:].argmax() + 1] = label
     return kept  # uint8 (X, Y, Z)
 def segment(run, volume, networks="a", largest=True, flips=((),)):
     """Label ids uint8 (X, Y, Z) of a preprocessed volume: sliding window, largest components."""
     networks = run.networks[{"a": slice(1), "b": slice(1, 2), "both": slice(2)}[networks]]
-    with run.autocast:
-        classes = sliding_window(networks, volume, run.config.patch, len(run.ids) + 1,
-                                 device=run.device, flips=flips)
+    classes = run.autocast(sliding_window)(  # called within the context
+        networks, volume, run.config.patch, len(run.ids) + 1, device=run.device, flips=flips)
     return np.array([0, *run.ids], np.uint8)[largest_components(classes) if largest else classes]
 def write_like(labels, scan, path):
     """Write RAS+ labels uint8 (X, Y, Z) as NIfTI in shape, orientation and geometry of a scan."""
-    header, ras = scan.header.copy(), [(0, 1), (1, 1), (2, 1)]
-    back = nib.orientations.ornt_transform(ras, nib.io_orientation(scan.affine))
-    header["cal_min"] = header["cal_max"] = 0  # the display window of the scan
-    labels = nib.apply_orientation(labels, back).reshape(scan.shape)
-    with atomic(path) as temporary:  # affine None: the header keeps its qform, sform and codes
-        nib.save(type(scan)(labels, None, header, dtype=np.uint8), temporary)
+    header, (axes, sign) = scan.header.copy(), nib.io_orientation(scan.affine).T  # of scan in RAS+
+    header["cal_min"] = header["cal_max"] = 0  # the scan's display window; qform, sform stay
+    labels = np.flip(labels.transpose(np.int8(axes)), np.flatnonzero(sign < 0)).reshape(scan.shape)
+    atomic(path, type(scan)(labels, None, header, dtype=np.uint8).to_filename)
 def predict(
         checkpoint: str,  # best.pt or last.pt of a run
         images: str,  # a NIfTI file or a folder of them
@@ -743,6 +711,7 @@ def predict(
         device: str = "auto"):  # cpu, cuda, cuda:1, ...
     """Segment a scan or the scans of a folder. Returns the exit code: 1 if some could not be."""
     run = Run.load(checkpoint, device=device)
+    need(networks == "a" or run.networks[1:], f"--networks {networks}: {checkpoint} holds A alone")
     axes = [2 + "xyz".index(a) for a in sorted({*run.config.mirror})] if tta else []
     flips = [f for n in range(len(axes) + 1) for f in itertools.combinations(axes, n)]
     need(axes or not tta, "--tta: the networks were trained without --mirror; leave it out")
@@ -755,34 +724,30 @@ def predict(
 
 # 10. Evaluation ===================================================================================
 FLARE22 = {1: 5, 2: 3, 3: 3, 4: 5, 5: 2, 6: 2, 7: 2, 8: 2, 9: 2, 10: 3, 11: 5, 12: 7, 13: 3}  # mm
-# Normals in eighths of the triangles at a voxel corner, by the code of its 2x2x2 voxels (128 ... 1
-# in C order) [google-deepmind/surface-distance]; mirrors, turns, complement give all 256 codes.
-SURFELS = {1: ["111"], 3: ["220"] * 2, 6: ["111"] * 2, 24: ["111"] * 2, 7: ["400", "222", "111"],
-           15: ["400"] * 2, 22: ["111"] * 3, 23: ["111", "222"] * 2, 25: ["022", "022", "111"],
-           27: ["111", "333", "022", "202"], 30: ["400", "111", "111", "222"], 60: ["220"] * 4,
-           105: ["111"] * 4}
-
+# Code of a corner's 2x2x2 voxels (128 ... 1 in C order): 8 x normals of its triangles, in digits.
+SURFELS = ("1:111 3:220220 6:111111 24:111111 7:400222111 15:400400 22:111111111 23:111222111222 "
+           "25:022022111 27:111333022202 30:400111111222 60:220220220220 105:111111111111")
 def dice(pred, ref):
     """Dice coefficient of two bool arrays: 1 if both are empty, 0 if one is [FLARE22]."""
     size = np.count_nonzero(pred) + np.count_nonzero(ref)  # voxels
     return 2 * np.count_nonzero(pred & ref) / size if size else 1.0
-
 def surfel_areas(spacing):
-    """float (256,): area in mm2 of the surface at a voxel corner, by code; spacing in mm (3,)."""
-    normals, (s0, s1, s2) = np.zeros((256, 4, 3)), spacing  # at most four triangles a code
-    turns = itertools.product(itertools.permutations(range(3)), *[(1, -1)] * 3)
-    for (axes, i, j, k), (code, rows) in itertools.product(turns, SURFELS.items()):
+    """float (256,): mm2 of surface at a voxel corner, by code; spacing in mm (3,). Each code is a
+    mirror, turn or complement of one of SURFELS. Source: google-deepmind/surface-distance."""
+    areas, faces = np.zeros(256), np.roll(spacing, -1) * np.roll(spacing, -2)  # mm2, across an axis
+    turns = itertools.product(itertools.permutations(range(3)), *[(1, -1)] * 3, SURFELS.split())
+    for axes, i, j, k, surfel in turns:
+        code, digits = surfel.split(":")
         twin = np.unpackbits(np.uint8(code)).reshape(2, 2, 2).transpose(axes)[::i, ::j, ::k]
-        codes = np.packbits((twin, 1 - twin))  # the complement has the same surface
-        normals[codes, :len(rows)] = np.array([*map(list, rows)], float)[:, axes]
-    return np.linalg.norm(normals / 8 * (s1 * s2, s0 * s2, s0 * s1), axis=2).sum(axis=1)
+        normals = np.reshape([*map(int, digits)], (-1, 3))[:, axes] / 8  # of one to four triangles
+        areas[np.packbits((twin, 1 - twin))] = np.linalg.norm(normals * faces, axis=1).sum()
+    return areas
 def surface_dice(pred, ref, spacing, tolerance):
-    """Surface Dice (NSD) of two bool arrays (X, Y, Z): the share of the area of both surfaces that
-    lies within `tolerance` mm of the other one; 1 if both are empty, 0 if one is. spacing in mm, in
-    array order. The box around both is enough. Source: google-deepmind/surface-distance."""
+    """Surface Dice (NSD) of two bool arrays (X, Y, Z): the share of both surfaces' area within
+    `tolerance` mm of the other one; 1 if both are empty, 0 if one is. spacing: mm, array order."""
     if not pred.any() or not ref.any():
         return float(pred.any() == ref.any())
-    box = ndimage.find_objects((pred | ref).view(np.uint8))[0]
+    box = ndimage.find_objects((pred | ref).view(np.uint8))[0]  # around both: it is enough
     bits = (128 >> np.arange(8)).reshape(2, 2, 2)  # of the code of the voxels at a corner
     codes = [ndimage.correlate(np.pad(mask[box], (0, 1)).view(np.uint8), bits, mode="constant")
              for mask in (pred, ref)]  # uint8 (x+1, y+1, z+1), between 0 and 255 at the surface
@@ -793,33 +758,32 @@ def surface_dice(pred, ref, spacing, tolerance):
         area = areas[code[here]]  # mm2 of each surface corner
         near, total = near + area[distance <= tolerance].sum(), total + area.sum()
     return float(near / total)  # mm2 by mm2
-
 def evaluate_case(pred, ref, spacing, labels, tolerances=None, flare22=False):
-    """{label: (Dice, NSD)} of two integer arrays (X, Y, Z); spacing in mm in array order.
-    tolerances in mm: one, or one a label (sequence or dict); None: no NSD (NaN). flare22: 4 digits,
-    NSD 0 below Dice 0.2, tubes without the reference's last slice (a single slice is kept)."""
+    """{label: (Dice, NSD)} of two integer arrays (X, Y, Z); spacing in mm, array order. tolerances
+    in mm: one, or one a label (dict or sequence); None: no NSD. flare22: the challenge's rules."""
     if not isinstance(tolerances, dict):
         tolerances = dict(zip(labels, np.broadcast_to(tolerances, len(labels))))
-    boxes = [ndimage.find_objects(a.astype(np.uint8, copy=False), 255) for a in (pred, ref)]
-    results = {}
+    both, results = np.stack((pred, ref)).astype(np.uint8, copy=False), {}  # (2, X, Y, Z)
+    boxes = ndimage.find_objects(both, 255)  # four slices around each label; None: not there
     for label in labels:
-        found = [b[label - 1] for b in boxes if b[label - 1]]  # slices, where the label is there
-        box = [slice(min(s.start for s in axis), max(s.stop for s in axis)) for axis in zip(*found)]
-        if flare22 and label in (5, 6, 10) and boxes[1][label - 1]:
-            *_, z = boxes[1][label - 1]  # slices of the reference
-            box[2] = slice(z.start, max(z.stop - 1, z.start + 1))
-        p, r = (a[tuple(box)] == label for a in (pred, ref))
+        p, r = both[(..., *(boxes[label - 1] or ())[1:])] == label  # within the box of both
+        if flare22 and label in (5, 6, 10) and r.any():  # tubes: without the reference's last
+            z = np.flatnonzero(r.any((0, 1)))  # slice, but a single slice is kept
+            p, r = (mask[..., z[0]:max(z[-1], z[0] + 1)] for mask in (p, r))
         d, t = dice(p, r), tolerances[label]
         nsd = nan if t is None else 0.0 if flare22 and d < 0.2 else surface_dice(p, r, spacing, t)
-        results[label] = (round(d, 4), round(nsd, 4)) if flare22 else (d, nsd)
+        results[label] = (round(d, 4), round(nsd, 4)) if flare22 else (d, nsd)  # 4 digits
     return results
+def markdown(rows):
+    """Text of a Markdown table; the first row is the head."""
+    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 def table(results, tolerance):
-    """Text table of {case: {label: (Dice, NSD)}}: mean +- sd over the cases, a row a label."""
+    """Markdown table of {case: {label: (Dice, NSD)}}: mean +- sd over the cases, a row a label."""
     scores = np.array([[*c.values(), np.mean([*c.values()], axis=0)] for c in results.values()])
-    rows = [f"{'label':5} {'Dice':>16}  {'NSD (' + tolerance + ')':>16}"]
-    for name, m, s in zip([*next(iter(results.values())), "mean"], scores.mean(0), scores.std(0)):
-        rows.append(f"{name:<5} {m[0]:.4f} +- {s[0]:.4f}  {m[1]:.4f} +- {s[1]:.4f}")
-    return "\n".join(rows)
+    rows = zip([*next(iter(results.values())), "mean"], scores.mean(0), scores.std(0))
+    return markdown([("label", "Dice", f"NSD ({tolerance})"), *(
+        (name, *map("{:.4f} +- {:.4f}".format, mean, sd)) for name, mean, sd in rows)])
 def evaluate(
         predictions: str,  # a NIfTI file or a folder of them
         references: str,  # the same; cases of two folders go together by name
@@ -833,33 +797,68 @@ def evaluate(
         ref, _, scan = read_scan(path, is_label=True, canonical=False)
         if name not in found:  # the challenge's own code would leave the case out
             print(f"warning: {name}: no prediction, counted as empty", file=sys.stderr)
-        pred = np.zeros_like(ref) if name not in found else read_scan(
-            found[name], is_label=True, canonical=False, like=scan)[0]
-        labels = [*FLARE22] if flare22 else [int(i) for i in np.union1d(pred, ref) if i]
-        results[name] = evaluate_case(pred, ref, scan.header.get_zooms()[:3], labels,
-                                      FLARE22 if flare22 else tolerance, flare22)
+        pred = read_scan(found[name], True, False, scan)[0] if name in found else np.zeros_like(ref)
+        mm = FLARE22 if flare22 else {int(i): tolerance for i in np.union1d(pred, ref) if i}
+        results[name] = evaluate_case(pred, ref, scan.header.get_zooms()[:3], mm, mm, flare22)
     code = for_each("evaluating", known, one)
     ids = sorted(set().union(*results.values())) or [1]  # of a label in neither file: 1, 1
     results = {c: {i: scores.get(i, (1.0, 1.0)) for i in ids} for c, scores in results.items()}
-    if results:
-        print(table(results, "FLARE22" if flare22 else f"{tolerance:g} mm"))
+    print(table(results, "FLARE22" if flare22 else f"{tolerance:g} mm") if results else "")
     if csv:
         rows = [(case, i, *scores[i]) for case, scores in results.items() for i in ids]
         write_text(csv, [("case", "label", "dice", "nsd"), *rows])
     return code
 
 # 11. Reports ======================================================================================
-def markdown(rows):
-    """Text of a Markdown table; the first row is the head."""
-    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+def figure(run, best, cases):
+    """Write figure.png: the curves of the log, and of some cases the slice with most foreground."""
+    from matplotlib.figure import Figure  # optional
+    heights, log = [3, *[2.3] * len(cases)], np.array(run.rows)  # inches; (epochs, len(LOG))
+    page = Figure((10, sum(heights)), dpi=150, layout="constrained")
+    top, *below = page.subfigures(len(heights), squeeze=False, height_ratios=heights)[:, 0]
+    for axes, columns in zip(top.subplots(1, 3), ((3, 4), (5, 6), (7,))):
+        for i, style in zip(columns, ("o-", "x--")):
+            known = log[np.isfinite(log[:, i])]  # Dice is not of each epoch
+            axes.plot(known[:, 0], known[:, i], style, markersize=3, label=LOG[i])
+        axes.set_xlabel("step")
+        axes.legend()
+    for part, case in zip(below, cases):
+        image, label, _ = (np.load(path, mmap_mode="r") for path in case.arrays)
+        z = np.count_nonzero(label, (0, 1)).argmax()
+        a, b = (segment(best, image, network) for network in "ab")
+        shown = {case.name: 0 * a, "reference": label, "A": a, "B": b, "A is not B": (a != b) * 255}
+        for axes, (title, ids) in zip(part.subplots(1, 5), shown.items()):
+            layers = (image, "gray", None), (np.ma.masked_equal(ids, 0), "viridis", max(run.ids))
+            for layer, colours, most in layers:
+                drawn = axes.imshow(layer[:, :, z].T.astype(float), colours, vmin=most and 0,
+                                    vmax=most, origin="lower", aspect=case.info[1] / case.info[0])
+            axes.set(title=title, xticks=[], yticks=[])
+        part.colorbar(drawn, ax=part.axes, ticks=run.ids, label="label")
+    atomic(f"{run.config.out}/figure.png", page.savefig)
+def export(
+        checkpoint: str,  # best.pt or last.pt of a run
+        out: str):  # the file to write, model.onnx
+    """Write network A as ONNX, for batches of any size, with all that `predict` needs. Returns the
+    exit code: 1 if its logits differ from PyTorch's by more than 1e-3."""
+    need(out.endswith(".onnx"), f"{out}: predict would not know it; let the name end in .onnx")
+    run = Run.load(checkpoint, device="cpu")
+    image, network = torch.randn(2, 1, *run.config.patch), run.networks[0].eval()
+    network.to(memory_format=torch.contiguous_format)  # there the norm is more exact on a CPU
+    with blame(out, "not made", "pip install onnxscript onnxruntime", ImportError):
+        program = torch.onnx.export(network, (image,), input_names=["image"], dynamo=True,
+                                    dynamic_shapes=[{0: torch.export.Dim("batch")}], verbose=False)
+    program.model.metadata_props["cps"] = json.dumps([asdict(run.config), run.ids])
+    atomic(out, program.save)
+    with torch.inference_mode():
+        difference = abs(network(image) - Run.load(out).networks[0](image)).max()
+    print(f"{out}: largest difference of the logits from PyTorch's {difference:.1e}")
+    return int(difference > 1e-3)
 def ablate(
         config: Config,
         labelled: tuple[int, ...] = (2,),  # numbers of labelled cases to compare at
         seeds: int = 3):  # runs of an arm, from --seed on: other weights, patches, labelled cases
-    """Compare supervised, plain CPS, context CPS and an upper bound, all labels, at equal steps; a
-    finished run is kept. Writes ablation.csv and .md: Dice of test cases, which choose nothing, the
-    mean +- sd over seeds; A's gain over supervised, paired by seed and case (Student's t)."""
+    """Compare supervised, plain CPS, context CPS and an upper bound, all labels, at equal steps, in
+    ablation.csv and .md: Dice of test cases, which choose nothing, mean +- sd over seeds."""
     out, config = Path(config.out), replace(config, test=config.test or config.val, resume=True)
     need(seeds > 0 < min(labelled) and config.test, "--seeds, --labelled, --test: at least 1 each")
     arms = [*itertools.product(labelled, ("supervised", "cps", "context")), (0, "supervised")]
@@ -881,26 +880,24 @@ def ablate(
     for (name, n), arrays in scores.items():
         dice, base = ([d for d, _ in scores.get((key, n), arrays)] for key in (name, "supervised"))
         gain = np.subtract(dice, base)[:, 0].mean(2).ravel()  # of (seeds, 2, cases, labels)
-        low, high = stats.ttest_1samp(gain, 0).confidence_interval()
+        low, high = stats.ttest_1samp(gain, 0).confidence_interval()  # paired by seed and case
         means = np.hstack((np.mean(dice, (2, 3)), np.mean(dice, 2)[:, 0]))  # (seeds, 2 + labels)
         table.append((name, n, *(f"{m.mean():.4f} +- {m.std(ddof=seeds > 1):.4f}" for m in means.T),
                       f"{gain.mean():+.4f} [{low:+.4f}, {high:+.4f}]" if gain.any() else "",
                       f"{np.mean([m for _, m in arrays]):.1f}"))
     write_text(out / "ablation.md", markdown(table) + "\n")
     print(f"\n{out}/ablation.md, {len(done['test'])} test cases:\n{markdown(table)}")
-
 def costs(config, classes):
-    """Parameters of a network, FLOPs (two for a multiply-add) of its forward pass of a patch and of
-    a step, and bytes that it keeps in fp32, less the loss. On the meta device: nothing is run."""
+    """Parameters of a network, FLOPs of its forward pass and of a step, bytes that a step keeps."""
     network, kept = UNet3D(classes, config.base_channels, config.levels).to("meta"), []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
     with FlopCounterMode(display=False) as counter, hooks:
-        loss = network(torch.empty(1, 1, *config.patch, device="meta")).sum()
-        forward = counter.get_total_flops()
+        loss = network(torch.empty(1, 1, *config.patch, device="meta")).sum()  # nothing is run
+        forward = counter.get_total_flops()  # of a patch; two for a multiply-add
         loss.backward()
     kept = {(s := t.untyped_storage())._cdata: s.nbytes() for t in kept if type(t) is torch.Tensor}
     n = 2 * config.batch * (1 + (config.method != "supervised"))  # patches of both networks
-    weights = sum(p.numel() for p in network.parameters())  # as many gradients and momenta
+    weights = sum(p.numel() for p in network.parameters())  # fp32, as are gradients and momenta
     return weights, forward, counter.get_total_flops() * n, sum(kept.values()) * n + 24 * weights
 def info(
         config: Config,
@@ -909,12 +906,11 @@ def info(
         bench: bool = False,  # time 20 steps, not 2
         watts: float = 300.0,  # power of the machine that trains [assumed]
         carbon: float = 0.4):  # kg of CO2 eq for a kWh [assumed]
-    """Print the paper's Tables 1 and 2 with the blanks filled. What is timed is timed here; a CPU
-    times a step of patches of about 48 voxels a side at most, scaled by the FLOPs."""
+    """Print the paper's Tables 1 and 2 with the blanks filled. What is timed is timed here."""
     run = Run.load(checkpoint, device=config.device) if checkpoint else Run(
-        config, [*range(1, classes)])
+        config, range(1, classes))
     c, gpu, k, n = run.config, run.device.type == "cuda", len(run.ids) + 1, run.config.batch
-    limit = inf if gpu else max(2, 48 >> c.levels - 1) << c.levels - 1
+    limit = inf if gpu else max(2, 48 >> c.levels - 1) << c.levels - 1  # a CPU times small patches
     small = replace(c, patch=tuple(min(p, limit) for p in c.patch))
     (weights, forward, flops, memory), crops = costs(c, k), n * (c.method != "supervised")
     images = torch.randn(n + crops, 1, *small.patch, device=run.device)
@@ -924,7 +920,7 @@ def info(
     parts = run.networks, run.optimisers, batch, c.lam, c, run.scaler, run.autocast
     def seconds(f, n):  # a Timer warms up and waits for a GPU
         return Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads()).timeit(n).mean
-    step = seconds(lambda: train_step(*parts), 20 if bench else 2) * flops / costs(small, k)[2]
+    step = seconds(lambda: train_step(*parts), 20 if bench else 2) * flops / costs(small, k)[2]  # s
     memory = torch.cuda.max_memory_allocated(run.device) if gpu else memory
     a = torch.randn([8192 if gpu else 2048] * 2, device=run.device)
     with run.autocast:
@@ -948,8 +944,7 @@ def info(
 
 # 12. Command line =================================================================================
 def add_flags(parser, target, skip=("config",)):
-    """One flag for each parameter of a function and of its Config: the type is the annotation, the
-    help the comment behind it, which cannot rot; without a default it is positional."""
+    """A flag for each parameter of a function and of its Config; the help is the comment there."""
     def number(word):  # a word instead of numbers, auto or native, is an empty tuple
         return None if word in ("auto", "native") else float(word)
     comments = dict(re.findall(r"^ +(\w+): .*?  # (.*)$", inspect.getsource(target), re.MULTILINE))
@@ -962,7 +957,7 @@ def add_flags(parser, target, skip=("config",)):
             "choices": items} if kind is Literal else {"type": kind} if kind is not tuple else {
             "type": number if items[0] is float else items[0], "nargs": "+"}
         options |= {"nargs": "?"} if p.name == "data" else {"default": argparse.SUPPRESS}
-        bare = p.name == "data" or p.default is p.empty
+        bare = p.name == "data" or p.default is p.empty  # without a default: positional
         name = p.name if bare else "--" + p.name.replace("_", "-")
         parser.add_argument(name, help=comments[p.name].replace("%", "%%"), **options)
 def config_from(command, data=None, preset=None, **given):
@@ -980,7 +975,7 @@ def main(argv=None):
     """Run a command. Returns its exit code: 0, 1 (some cases failed), 2 (bad input), 130."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="name")
-    for function in (train, predict, evaluate, ablate, info):
+    for function in (train, predict, evaluate, ablate, info, export):
         text = function.__doc__.split(". ")[0] + "."
         p = commands.add_parser(function.__name__, help=text, description=text, allow_abbrev=False)
         add_flags(p, function)
@@ -990,6 +985,11 @@ def main(argv=None):
         result = globals()[name](*[config_from(name, **args)] if args else (), **own)
         return result if type(result) is int else 0
     nib.imageglobals.logger.setLevel("CRITICAL")  # what is wrong with a scan, an error says
+    if "RANK" in os.environ:  # of torchrun: the first process alone speaks
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group()
+        sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
     try:
         return attempt(lambda: run(**vars(parser.parse_args(argv))))
     except KeyboardInterrupt as error:

@@ -15,8 +15,10 @@ import pickle
 import resource
 import shutil
 import signal
+import sqlite3
+import subprocess
 import sys
-from contextlib import nullcontext, suppress
+from contextlib import closing, nullcontext, suppress
 
 import nibabel as nib
 import numpy as np
@@ -41,8 +43,9 @@ STILL = {"intensity": 0.0, "spatial": 0.0}  # no augmentation
 # Helpers ------------------------------------------------------------------------------------------
 @pytest.fixture(autouse=True)
 def in_tmp_path(tmp_path, monkeypatch):
-    """Work in an empty folder, and give back the signals that `train` takes over."""
+    """Work in an empty folder, draw no figures, give back the signals that `train` takes over."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if not installed: saves time
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
     yield
     list(itertools.starmap(signal.signal, handlers))
@@ -287,7 +290,7 @@ def test_trap_07_rampup_starts_near_zero_and_gets_large(capsys):
     assert [r["lam"] for r in rows] == pytest.approx([2 * cps.rampup(i, 3) for i in range(5)], 1e-4)
     assert [r["lr"] for r in rows] == pytest.approx([0.05, 0.05, 0.025, 0.025, 0.0125], 1e-4)
     assert all(0 <= row[k] <= 1 for row in rows for k in ("agreement", "foreground"))
-    printed = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()}
+    printed = {line.strip("| ").split(" ")[0] for line in capsys.readouterr().out.splitlines()}
     assert {"1", "5", "mean"} <= printed  # Dice of each label, not of the mean alone
 
 def test_trap_14_half_precision_does_not_overflow():
@@ -687,7 +690,9 @@ def test_a_full_disk_loses_no_earlier_checkpoint(capfd):
 
 def test_a_run_folder_has_one_user(capsys):
     make_data()
-    with cps.only_user_of(pathlib.Path("run")):
+    os.mkdir("run")
+    with closing(sqlite3.connect("run/.lock0", timeout=0)) as lock:  # as another process would
+        lock.execute("BEGIN EXCLUSIVE")
         assert train() == 2 and "run: in use" in capsys.readouterr().err
     assert train() == 0
     assert train("--resume") == 0
@@ -1235,3 +1240,129 @@ def test_bad_training_case_is_named(bad, part, capsys):
     named, summary = capsys.readouterr().err.splitlines()  # a line for each bad case, then one
     assert named.startswith("error: ") and f"{part}Tr/c1.nii.gz" in named
     assert summary.startswith("error: ") and not os.path.exists("run")
+
+# Export, figure, several processes ----------------------------------------------------------------
+def test_onnx_gives_the_logits_and_the_segmentations_of_the_checkpoint(trained, monkeypatch, capsys):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    best, folder = f"{trained}/fine/best.pt", f"{trained}/data/imagesTr"
+    assert cps.main(["export", best, "a.onnx"]) == 0
+    said = float(capsys.readouterr().out.split()[-1])
+    network = cps.Run.load(best).networks[0].eval()
+    session = onnxruntime.InferenceSession("a.onnx")
+    for batch in (1, 2, 5):  # a batch of any size
+        x = torch.randn(batch, 1, *PATCH, generator=torch.Generator().manual_seed(batch))
+        with torch.no_grad():
+            want = network(x).numpy()
+        got, = session.run(None, {"image": x.numpy()})
+        assert got.shape == want.shape and abs(got - want).max() < 1e-3 > said > 0
+    for model, out in ((best, "torch"), ("a.onnx", "onnx")):  # with clip, spacing, patch, label ids
+        assert cps.main(["predict", model, folder, out]) == 0
+    pairs = [[np.asarray(nib.load(f"{out}/{name}").dataobj) for out in ("torch", "onnx")]
+             for name in os.listdir("torch")]
+    assert len(pairs) == 6 and {*np.unique(pairs)} == {0, *IDS}
+    assert np.mean([one == two for one, two in pairs]) > 0.9999
+    before = pathlib.Path("a.onnx").read_bytes()
+    monkeypatch.setattr(cps.Block, "forward", lambda self, x: nn.Sequential.forward(self, x) * 1.01)
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: pytest.fail("not reached"))
+    for argv in (["predict", "a.onnx", folder, "out", "--networks", "b"],  # it holds A alone
+                 ["predict", "a.onnx", folder, "out", "--networks", "both"],
+                 ["export", best, "model.pt"], ["export", "nowhere.pt", "b.onnx"]):
+        assert cps.main(argv) == 2
+        assert capsys.readouterr().err.startswith("error: ")
+    assert not os.path.exists("out") and pathlib.Path("a.onnx").read_bytes() == before
+
+def test_export_fails_where_the_file_computes_something_else(trained, monkeypatch, capsys):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    export = torch.onnx.export
+    def other(network, *args, **options):
+        wrong = cps.UNet3D(len(IDS) + 1, 6, 2)
+        return export(wrong, *args, **options)
+    monkeypatch.setattr(torch.onnx, "export", other)
+    assert cps.main(["export", f"{trained}/native/best.pt", "a.onnx"]) == 1
+    assert "difference" in capsys.readouterr().out
+
+@pytest.mark.parametrize("content", [b"", b"no model", b"\x08\x09"])
+def test_a_broken_onnx_file_is_refused(content, capsys):
+    pytest.importorskip("onnxruntime")
+    write("in/scan.nii", SCAN)
+    pathlib.Path("a.onnx").write_bytes(content)
+    assert cps.main(["predict", "a.onnx", "in/scan.nii", "out"]) == 2
+    assert capsys.readouterr().err.startswith("error: a.onnx: ")
+
+def test_absent_optional_packages_are_named(trained, monkeypatch, capsys):
+    for name in ("onnxscript", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if not installed
+    make_data()
+    assert cps.main(["export", f"{trained}/native/best.pt", "a.onnx"]) == 2
+    assert "onnx" in capsys.readouterr().err
+    assert train() == 0  # the run is done, only its figure is missing
+    out = capsys.readouterr()
+    assert "pip install matplotlib" in out.out + out.err and "Next: " in out.out
+    assert os.path.exists("run/best.pt") and not os.path.exists("run/figure.png")
+
+def test_figure_shows_the_log_and_what_the_networks_say(trained, monkeypatch):
+    monkeypatch.delitem(sys.modules, "matplotlib.figure")
+    figure = pytest.importorskip("matplotlib.figure")
+    pages, save = [], figure.Figure.savefig
+    monkeypatch.setattr(figure.Figure, "savefig", lambda page, *args, **options: (
+        pages.append(page), save(page, *args, **options)))
+    make_data()
+    assert train(method="context", validate_epochs=2, epochs=3, val=1.0) == 0
+    assert nib.__name__ and pathlib.Path("run/figure.png").read_bytes()[:4] == b"\x89PNG"
+    rows, lines = table_of("run/log.csv"), {}
+    for axes in pages[0].axes[:3]:
+        assert axes.get_xlabel() == "step" and axes.get_legend()
+        lines |= {line.get_label(): line.get_xydata() for line in axes.lines}
+    assert {*lines} == {"loss_sup", "loss_cps", "agreement", "foreground", "dice"}
+    for name, points in lines.items():
+        want = [(int(row["step"]), float(row[name])) for row in rows if row[name] != "nan"]
+        assert points == pytest.approx(np.array(want)), name
+    assert len(lines["dice"]) == 2
+    run = cps.Run.load("run/best.pt")
+    case = cps.prepare(cps.split_cases(run.config), run.config)["val"][0]
+    image, label = map(np.load, case.arrays[:2])
+    a, b = (cps.segment(run, image, which) for which in "ab")
+    z = int(np.argmax([(label[..., z] > 0).sum() for z in range(label.shape[2])]))
+    shown = {axes.get_title(): axes.images for axes in pages[0].axes if axes.images}
+    assert [*shown][:5] == [case.name, "reference", "A", "B", "A is not B"]
+    for name, volume in (("reference", label), ("A", a), ("B", b), ("A is not B", a != b)):
+        under, over = (layer.get_array() for layer in shown[name][:2])
+        assert np.array_equal(under, image[..., z].T)
+        assert np.array_equal(over.filled(0) > 0, volume[..., z].T > 0)
+        if name != "A is not B":
+            assert np.array_equal(over.filled(0), volume[..., z].T)
+
+def torchrun(script, *argv):
+    """Two processes on this machine; returns the exit code and what they print."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*command, script, *argv], capture_output=True, text=True, timeout=150,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+def test_two_processes_train_one_pair_of_networks():
+    make_data()
+    flags = TINY | {"epochs": 2, "epoch_steps": 3, "lr": 0.001, "validate_epochs": 2}
+    argv = ["train", "data", *words({k: v for k, v in flags.items() if k != "data"} | {"batch": 1})]
+    pathlib.Path("falls.py").write_text(  # its second process fails in the second epoch
+        "import os, sys, cps\none, seen = cps.train_step, []\n"
+        "def step(*args):\n    seen.append(1)\n"
+        "    cps.need(len(seen) < 5 or os.environ['RANK'] == '0', 'rank 1 falls')\n"
+        "    return one(*args)\ncps.train_step = step\nsys.exit(cps.main())\n")
+    os.environ["PYTHONPATH"] = os.path.dirname(cps.__file__)
+    code, text = torchrun("falls.py", *argv)
+    assert code != 0 and "rank 1 falls" in text
+    assert torch.load("run/last.pt", weights_only=True)["step"] == 3
+    code, text = torchrun(cps.__file__, *argv, "--resume")
+    assert code == 0 and text.count("Next: ") == 1 and len(table_of("run/log.csv")) == 2, text
+    assert train(**flags | {"batch": 2, "out": "alone"}) == 0
+    one, two, start = (torch.load(path, weights_only=True) for path in (
+        "run/last.pt", "alone/last.pt", "alone/last.pt"))
+    config = cps.Config(**start["config"])
+    for a, b, fresh in zip(one["parts"], two["parts"], cps.make_pair(config, len(IDS) + 1)):
+        moved = [abs(p - b[name]).max() for name, p in fresh.state_dict().items()]
+        assert max(moved) > 3e-4  # what they learn is far more than what they differ by
+        assert all(torch.allclose(a[name], b[name], rtol=0, atol=1e-5) for name in a)
+    for mine, plain in zip(one["rows"], two["rows"]):  # the log is of all patches
+        assert mine[:-1] == pytest.approx(plain[:-1], abs=1e-3, nan_ok=True)
