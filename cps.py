@@ -989,7 +989,7 @@ def main(argv=None):
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         distributed.init_process_group()
-        sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
+        sys.stdout = io.StringIO() if RANK else sys.stdout
     try:
         return attempt(lambda: run(**vars(parser.parse_args(argv))))
     except KeyboardInterrupt as error:
