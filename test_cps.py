@@ -97,10 +97,10 @@ def same_weights(*paths):
     assert len(one) == len(two) > 50
     return all(map(torch.equal, one, two))
 
-def table_of(path):
+def table_of(path, but=("seconds",)):
     """Rows of a CSV file; without the seconds, which differ from run to run."""
     with open(path) as file:
-        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+        return [{k: v for k, v in row.items() if k not in but} for row in csv.DictReader(file)]
 
 def spy(patch, before=lambda step: None):
     """Record the batches of all training steps; before(step) may act, or raise."""
@@ -290,8 +290,12 @@ def test_trap_07_rampup_starts_near_zero_and_gets_large(capsys):
     assert [r["lam"] for r in rows] == pytest.approx([2 * cps.rampup(i, 3) for i in range(5)], 1e-4)
     assert [r["lr"] for r in rows] == pytest.approx([0.05, 0.05, 0.025, 0.025, 0.0125], 1e-4)
     assert all(0 <= row[k] <= 1 for row in rows for k in ("agreement", "foreground"))
-    printed = {line.strip("| ").split(" ")[0] for line in capsys.readouterr().out.splitlines()}
-    assert {"1", "5", "mean"} <= printed  # Dice of each label, not of the mean alone
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert {"1", "5", "mean"} <= {words[1] for words in lines if words[:1] == ["|"]}  # each label
+    printed = [[float(word) for word in words[:-1]] for words in lines
+               if len(words) == 10 and words[0].isdecimal()]
+    want = [[*map(float, row.values())] for row in table_of("run/log.csv", but=())]
+    assert np.shape(printed) == (5, 9) and np.allclose(printed, want, rtol=0, atol=1e-5)
 
 def test_trap_14_half_precision_does_not_overflow():
     out = logits(1, 2, 48, 48, 48, scale=100.0).detach().half()  # more voxels than fp16 can count
@@ -589,6 +593,18 @@ def test_resumed_run_is_the_uninterrupted_one(how, monkeypatch, capsys):
     assert table_of("whole/log.csv") == table_of("run/log.csv")
     assert train("--resume", epochs=3, lr=0.01) == 2  # not the run that was begun
     assert "0.01" in capsys.readouterr().err
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(monkeypatch, capsys):
+    make_data()
+    one, seen = cps.train_step, []
+    def step(*args):
+        seen.append(one(*args) * (np.nan if len(seen) == 3 else 1))  # the first of epoch 2
+        return seen[-1]
+    monkeypatch.setattr(cps, "train_step", step)
+    assert train(epochs=3) == 2 and len(seen) == 6
+    error, = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: run") and "not finite" in error and "--lr" in error
+    assert torch.load("run/last.pt", weights_only=True)["step"] == 3
 
 def in_a_child(*argv, event=None, limit=None):
     """Run a command in a process of its own, killed -9 at one of the calls of a function, of
@@ -1305,6 +1321,9 @@ def test_absent_optional_packages_are_named(trained, monkeypatch, capsys):
 def test_figure_shows_the_log_and_what_the_networks_say(trained, monkeypatch):
     monkeypatch.delitem(sys.modules, "matplotlib.figure")
     figure = pytest.importorskip("matplotlib.figure")
+    def segment(run, volume, networks="a", *_):  # A and B say something, and not the same
+        return np.roll(np.where(volume > 1, IDS[networks == "b"], 0), "ab".find(networks), 0)
+    monkeypatch.setattr(cps, "segment", segment)
     pages, save = [], figure.Figure.savefig
     monkeypatch.setattr(figure.Figure, "savefig", lambda page, *args, **options: (
         pages.append(page), save(page, *args, **options)))
