@@ -916,14 +916,16 @@ def test_trap_12_orientation_does_not_matter_and_geometry_is_kept(trained, which
     affine[:3, :3] *= MM
     os.mkdir("scans")
     for axes in ("RAS", "LPS", "PIR"):
-        nib.save(turned(image, axes, affine), f"scans/{axes}.nii.gz")
+        scan = turned(image, axes, affine)
+        scan.header["cal_max"] = 400  # a window that would hide the labels
+        nib.save(scan, f"scans/{axes}.nii.gz")
     assert cps.main(["predict", f"{trained}/{which}/best.pt", "scans", "out"]) == 0
     for axes in ("RAS", "LPS", "PIR"):
         scan, out = nib.load(f"scans/{axes}.nii.gz"), nib.load(f"out/{axes}.nii.gz")
         assert out.shape == scan.shape and np.array_equal(out.affine, scan.affine)
         for field in ("pixdim", "qform_code", "sform_code", "srow_x", "quatern_b", "qoffset_x"):
             assert np.array_equal(out.header[field], scan.header[field])
-        assert out.get_data_dtype() == np.uint8
+        assert out.get_data_dtype() == np.uint8 and out.header["cal_max"] == 0
         found.append(np.asarray(nib.as_closest_canonical(out).dataobj))
     assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
     assert all(cps.dice(found[0] == i, label == i) > 0.4 for i in IDS)  # left is left
@@ -1071,6 +1073,21 @@ def test_flare22_tolerances():
         assert cps.main(["evaluate", name, "ref", "--flare22", "--csv", "s.csv"]) == 0
         nsd = [float(row["nsd"]) for row in table_of("s.csv")]
         assert len(nsd) == 13 and all((s == 1) == (name == "near") and s > 0.5 for s in nsd)
+
+def test_tolerances_are_one_or_one_a_label_and_a_tube_found_in_vain_is_0():
+    pred, ref = np.zeros((2, 20, 8, 8), np.int16)
+    pred[3:9, 2:6, 2:6], ref[1:7, 2:6, 2:6] = 1, 1
+    pred[12:16, 2:6, 2:6], ref[14:18, 2:6, 2:6] = 2, 2
+    def nsd(tolerances, labels=(1, 2)):
+        scores = cps.evaluate_case(pred, ref, (1, 1, 1), labels, tolerances)
+        return [scores[i][1] for i in labels]
+    strict, loose = nsd(0.5), nsd(2.0)
+    assert loose == [1, 1] and max(strict) < 1
+    assert nsd([2.0, 0.5]) == nsd({1: 2.0, 2: 0.5}) == nsd(np.array([2.0, 0.5])) == [1, strict[1]]
+    assert np.isnan(nsd(None)).all()
+    pred[0, :, 0], ref[0, :, 7] = 5, 6  # a tube in one of the files only
+    assert cps.evaluate_case(pred, ref, (1, 1, 1), [5, 6], 2.0, flare22=True) == {
+        5: (0, 0), 6: (0, 0)}
 
 # Bad input ----------------------------------------------------------------------------------------
 class Evil:
@@ -1245,6 +1262,13 @@ def test_damaged_checkpoints_are_refused(trained, capsys):
     with open("bad.pt", "wb") as file:  # the last one is whole
         file.write(cases[-1])
     assert cps.main(["predict", "bad.pt", "in/scan.nii", "out"]) == 0
+
+def test_a_label_without_an_image_is_named(capsys):
+    make_data()
+    write("data/labelsTr/lost.nii.gz", phantom(9)[1])
+    assert train() == 2 and not os.path.exists("run")
+    error, = capsys.readouterr().err.splitlines()
+    assert "data/imagesTr" in error and "'lost'" in error and "c0" not in error
 
 @pytest.mark.parametrize("bad, part", [("small", "labels"), ("half", "labels"), ("minus", "labels"),
                                        ("nan", "images"), ("4d", "images"), ("text", "images")])
