@@ -755,6 +755,14 @@ def test_other_labels_than_those_of_the_run_are_refused(capsys):
         write(f"data/labelsTr/c{i}.nii.gz", np.where(label == 5, 9, label).astype(np.uint8))
     assert train("--resume") == 2 and "[1, 9]" in capsys.readouterr().err
 
+def test_resampling_to_a_spacing_keeps_size_and_place():
+    volume = np.repeat(np.arange(12.0, dtype=np.float32), 10 * 8).reshape(12, 10, 8)
+    config = cps.Config(**TINY | {"spacing": (2.0, 1.0, 3.0), "clip": (0.0, 11.0)})
+    got = cps.preprocess(volume.copy(), np.array(MM), config, "a")  # from 1 x 2 x 3 mm
+    assert got.shape == (6, 20, 8)
+    want = volume.reshape(6, 2, 10, 8).mean(1).repeat(2, axis=1)  # centres lie between two voxels
+    assert np.allclose(got, (want - want.mean()) / want.std(ddof=1), atol=1e-5)
+
 def test_the_same_scan_in_two_places_is_a_leak(capsys):
     make_data()
     shutil.copy("data/imagesTr/c1.nii.gz", "data/imagesUn/again.nii.gz")
@@ -890,14 +898,15 @@ def test_trap_15_train_predict_and_evaluate_give_one_dice_of_whole_volumes(train
     assert cps.main(["predict", f"{run}/best.pt", f"{trained}/data/imagesTr", "out"]) == 0
     os.remove("out/c0.nii.gz")  # a missing prediction counts as empty
     assert cps.main(["evaluate", "out", f"{trained}/data/labelsTr", "--csv", "scores.csv"]) == 0
-    scores = {(row["case"], int(row["label"])): float(row["dice"])
+    scores = {(row["case"], int(row["label"])): [float(row["dice"]), float(row["nsd"])]
               for row in table_of("scores.csv")}
-    assert len(scores) == 6 * 2 and scores["c0", 1] == scores["c0", 5] == 0
+    assert len(scores) == 6 * 2 and scores["c0", 1] == scores["c0", 5] == [0, 0]
     state = torch.load(f"{run}/last.pt", weights_only=True)  # resumed at its end, it only reports
     (case, found), = cps.train(cps.Config(**state["config"] | {"resume": True}))["results"].items()
     assert case != "c0"
     for label in IDS:  # in the cache the image is float16: a voxel may differ
-        assert found[label][0] == pytest.approx(scores[case, label], abs=5e-3)
+        assert found[label] == pytest.approx(scores[case, label], abs=5e-3)
+        assert found[label][1] < 1  # mm tell: 2 mm are two voxels, one, or less than one
 
 def turned(volume, axes, affine):
     """A NIfTI image of a RAS+ volume, stored along other axes; with codes of its own."""
