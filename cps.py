@@ -90,7 +90,7 @@ class Config:
     clip: tuple[float, ...] = (-68.0, 200.0)  # HU; auto (empty): 0.5, 99.5 percentiles [paper]
     spacing: tuple[float, ...] = ()  # x y z in mm to resample to; native (empty): as it is [ours]
     patch: tuple[int, ...] = (160, 160, 96)  # x y z in voxels [paper]
-    batch: int = 2  # labelled patches a step, and as many unlabelled pairs [paper]
+    batch: int = 2  # labelled patches a step (and process), and as many unlabelled pairs [paper]
     min_overlap: float = 0.3  # least overlap of two crops, as a share of a crop [ours]
     intensity: float = 1.0  # scales the chances of intensity augmentation; 0: none [nnU-Net]
     spatial: float = 0.2  # chance of rotation to 30 degrees and scale 0.7 to 1.4; 0: none [nnU-Net]
@@ -134,7 +134,7 @@ class Config:
 PRESETS = {"paper": {}, "quick": {  # momentum 0.99 wants more than some hundred steps [measured]
     "patch": (32, 48, 32), "base_channels": 8, "levels": 4, "epochs": 20, "epoch_steps": 20,
     "halve_epochs": 8, "lr": 0.2, "momentum": 0.9, "validate_epochs": 4}}  # lr: finds small organs
-RANK = int(os.environ.get("RANK", "0"))  # of this process of torchrun; 0: alone, or the first
+RANK = int(os.environ["RANK"]) if "LOCAL_RANK" in os.environ else 0  # 0: the first, or alone
 MAY_CHANGE = {"resume", "out", "epochs", "device", "compile", "workers", "cache"}  # on --resume
 
 # 2. The method: pure functions, tensors in, scalar out ============================================
@@ -242,7 +242,6 @@ class Case(NamedTuple):
     label: Path | None = None  # None where there is none, or where training must not read it
     arrays: tuple = ()  # .npy files, once prepared: image, and of a labelled case label and points
     info: tuple = ()  # once prepared: spacing x, y, z in mm, and a checksum of the image
-
 def atomic(path, save, *args):
     """Call save(temporary, *args), a name in a folder of its own; then rename that to `path`."""
     (parent := Path(path).parent).mkdir(parents=True, exist_ok=True)
@@ -250,13 +249,12 @@ def atomic(path, save, *args):
           tempfile.TemporaryDirectory(prefix=".", dir=parent) as folder):
         save(temporary := Path(folder, Path(path).name), *args)
         with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # first on disk
+            os.fsync(file.fileno())  # on disk before it gets its name
         temporary.replace(path)  # a crash or a full disk leaves the old file or the new, no half
 def write_text(path, text):
     """Write a text, or rows as CSV."""
     lines = [text] if type(text) is str else (",".join(map(str, row)) + "\n" for row in text)
     atomic(path, Path.write_text, "".join(lines), "utf-8")
-
 def list_scans(*paths):
     """{case name: path} of NIfTI files or folders of them; nnU-Net's `_0000` is not in a name."""
     scans, match = {}, re.compile(r"([^.].*?)(_0000)?\.nii(\.gz)?").fullmatch  # not Path.stem
@@ -323,7 +321,7 @@ def prepare_case(case, config):
     """The case with its arrays in the cache, made only where they are missing, damaged or stale:
     image float16, label uint8, points int32 (n, 4): id, x, y, z of up to 1000 voxels a label."""
     files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in case[1:3] if f]
-    key = zlib.crc32(repr((files, config.clip, config.spacing)).encode())  # in names: tells stale
+    key = zlib.crc32(repr((files, config.clip, config.spacing)).encode())  # in the names
     parts = ("image", "label", "points", "info") if case.label else ("image", "info")
     paths = [f"{config.cache}/{case.name}-{key}.{part}.npy" for part in parts]
     try:
@@ -438,7 +436,7 @@ def augment(patch, rng, chance):
 class Patches(torch.utils.data.Dataset):
     """Item i is the batch of step i, a dict. tensors: images for A and for B, (B + n, 1, *P), first
     B labelled patches, then n crops (n = B; 0 for `supervised`); target int64 (B, *P), classes or
-    -1 for padding; valid bool (n, *P), A's crop less padding. overlaps: n pairs of slices."""
+    -1 for padding; valid bool (n, *P), less padding. overlaps: n pairs of slices."""
     def __init__(self, config, split, ids, rank=0):
         self.config, self.patch = config, np.array(config.patch)
         self.parts = [split["labelled"], split["unlabelled"]][:1 + (config.method != "supervised")]
@@ -453,7 +451,7 @@ class Patches(torch.utils.data.Dataset):
             pairs += [self.unlabelled_pair(case, rng)[::1 - step % 2 * 2] for case in cases[1:]]
         images = [np.stack([pair[i][0] for pair in labelled + pairs])[:, None] for i in (0, 1)]
         target, seen = (np.stack([a[1] for a, _ in two]) for two in (labelled, pairs or labelled))
-        tensors = [torch.from_numpy(array) for array in (*images, target, seen >= 0)]  # A's; as B's
+        tensors = [torch.from_numpy(array) for array in (*images, target, seen >= 0)]  # A's, B's
         return {"tensors": tensors, "overlaps": [(a[2], b[2]) for a, b in pairs]}
     def crops(self, case, rng, corners):
         """The patches at one or two corners: (image float32, classes int64 or -1 outside, overlap),
@@ -535,7 +533,7 @@ class Run:
     @classmethod
     def load(cls, path, **changes):
         """The run of a checkpoint, some fields of its config changed. Code in it is not run."""
-        with blame(path, "cannot be loaded as a checkpoint", "give best.pt, last.pt or model.onnx"):
+        with blame(path, "cannot be loaded", "mend that, or give best.pt, last.pt or model.onnx"):
             if Path(path).suffix == ".onnx":  # by `export`, for inference only
                 import onnxruntime  # optional
                 onnx = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -557,13 +555,14 @@ def train(config: Config):
     """Train a pair of networks. Returns best_dice, checkpoint, steps, results and more, a dict."""
     out, last, best = Path(config.out), Path(config.out, "last.pt"), Path(config.out, "best.pt")
     need(RANK or config.resume or not last.exists(), f"{out}: holds a run; --resume or other --out")
+    distributed.is_initialized() and distributed.barrier()  # the others write only after this check
     print(*(f"{key}={value}" for key, value in asdict(config).items()), flush=True)
     split = prepare(split_cases(config), config)  # all is checked before anything is trained
     points = [np.load(c.arrays[2]) for cases in split.values() for c in cases if c.label]
     ids = np.unique(np.concatenate(points)[:, 0]).tolist()
     need(ids, f"{config.data}: all labels are empty; there is nothing to learn")
     out.mkdir(parents=True, exist_ok=True)
-    with blame(out, "in use by another run", "change --out"):  # sqlite3: alike on any system
+    with blame(out, "in use by another run", "end it, or change --out"):  # on any system
         (lock := sqlite3.connect(out / f".lock{RANK}", timeout=0)).execute("BEGIN EXCLUSIVE")
     with closing(lock):  # even kill -9 ends it
         names = json.dumps({part: [c.name for c in some] for part, some in split.items()}, indent=1)
@@ -578,20 +577,19 @@ def train(config: Config):
             other["cases or label ids"] = ids
         need(not other, f"{last}: begun with other values than {other}; change them or --out")
         train_loop(run, Patches(config, split, ids, RANK), split["val"])
-        if distributed.is_initialized():
-            distributed.barrier()  # until process 0 has written best.pt
+        distributed.is_initialized() and distributed.barrier()  # until best.pt is there
         images = max(Path(config.data).glob("imagesT[rs]"))  # of test cases, if there are any
         found, part = Run.load(best, device=config.device), "test" if split["test"] else "val"
         results = validate(found, split[part], tolerance=2.0)
         print(f"\n{best}: mean Dice {run.best:.4f} on the {len(split['val'])} cases that chose it",
               f"\n{len(results)} {part} cases:\n{table(results, '2 mm')}" if results else "")
         try:
-            figure(run, found, split["val"][:3])
-        except ImportError:
-            print(f"no {out}/figure.png: pip install matplotlib")
+            RANK or figure(run, found, split["val"][:3])
+        except (ImportError, AttributeError):  # absent, or old
+            print(f"no {out}/figure.png: pip install -U matplotlib")
         print(f"\nNext: python cps.py predict {best} {images} {out}/predictions")
-        return {"best_dice": run.best, "checkpoint": str(best), "steps": run.step,  # of validation
-                "results": results, "run": found, "test": split["test"],  # {case: {id: scores}}
+        return {"best_dice": run.best, "checkpoint": str(best), "steps": run.step,  # best: of val
+                "results": results, "run": found, "test": split["test"],  # {case: {id: two}}
                 "minutes": sum(row[-1] for row in run.rows) * config.epoch_steps / 60}
 
 def train_loop(run, patches, val):
@@ -601,7 +599,7 @@ def train_loop(run, patches, val):
     def note(number, frame):  # a first signal lets the step end, a second one ends the process
         stop.append(signal.signal(number, signal.SIG_DFL))  # loader workers inherit it: Ctrl-C too
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)
-              if not distributed.is_initialized()}  # who waits for the others cannot end a step
+              if not distributed.is_initialized()}  # torchrun: one cannot stop alone
     loader = torch.utils.data.DataLoader(patches, None, sampler=range(run.step, steps),
                                          num_workers=gpu * config.workers, pin_memory=gpu)
     print(f"{run.device}, from step {run.step} on\n" + " ".join(f"{k:>9}" for k in LOG), "    left")
@@ -620,20 +618,20 @@ def train_loop(run, patches, val):
             run.step += 1  # what a checkpoint calls done
             progress("step", run.step - first, steps - first, start)
             if run.step % config.epoch_steps == 0:
-                end_epoch(run, val, lr, lam, steps, (time.monotonic() - start) / (run.step - first))
+                end_epoch(run, val, lr, lam, steps, start, first)
                 start, first = time.monotonic(), run.step
             if stop:
                 run.save("last.pt")
                 raise KeyboardInterrupt(f"step {run.step} is saved; run this again with --resume")
     finally:
         list(map(signal.signal, before, before.values()))
-def end_epoch(run, val, lr, lam, steps, seconds):
+def end_epoch(run, val, lr, lam, steps, start, first):
     """Validate if it is time, log a row, write last.pt and, if this is the best, best.pt."""
     if distributed.is_initialized():
         distributed.all_reduce(run.sums.div_(distributed.get_world_size()))  # the mean of all
     config, dice, means = run.config, nan, (run.sums / run.config.epoch_steps).tolist()  # waits
-    epoch = run.step // config.epoch_steps
-    if val and (epoch % config.validate_epochs == 0 or epoch == config.epochs):
+    epoch, seconds = run.step // config.epoch_steps, (time.monotonic() - start) / (run.step - first)
+    if val and means[0] < inf and (epoch % config.validate_epochs == 0 or epoch == config.epochs):
         dice = float(np.mean([d for c in validate(run, val).values() for d, _ in c.values()]))
     means[1:] = means[1:] if config.method != "supervised" else [nan] * 3
     run.rows.append((run.step, lr, lam, *means, dice, seconds))
@@ -697,12 +695,12 @@ def segment(run, volume, networks="a", largest=True, flips=((),)):
     return np.array([0, *run.ids], np.uint8)[largest_components(classes) if largest else classes]
 def write_like(labels, scan, path):
     """Write RAS+ labels uint8 (X, Y, Z) as NIfTI in shape, orientation and geometry of a scan."""
-    header, (axes, sign) = scan.header.copy(), nib.io_orientation(scan.affine).T  # of scan in RAS+
+    header, (axes, sign) = scan.header.copy(), nib.io_orientation(scan.affine).T  # of each axis
     header["cal_min"] = header["cal_max"] = 0  # the scan's display window; qform, sform stay
     labels = np.flip(labels.transpose(np.int8(axes)), np.flatnonzero(sign < 0)).reshape(scan.shape)
     atomic(path, type(scan)(labels, None, header, dtype=np.uint8).to_filename)
 def predict(
-        checkpoint: str,  # best.pt or last.pt of a run
+        checkpoint: str,  # best.pt or last.pt of a run, or model.onnx
         images: str,  # a NIfTI file or a folder of them
         out: str,  # folder for the segmentations
         networks: Literal["a", "b", "both"] = "a",  # both: mean softmax, twice the time [CPS: a]
@@ -760,13 +758,13 @@ def surface_dice(pred, ref, spacing, tolerance):
     return float(near / total)  # mm2 by mm2
 def evaluate_case(pred, ref, spacing, labels, tolerances=None, flare22=False):
     """{label: (Dice, NSD)} of two integer arrays (X, Y, Z); spacing in mm, array order. tolerances
-    in mm: one, or one a label (dict or sequence); None: no NSD. flare22: the challenge's rules."""
+    in mm: one, or one a label (dict or sequence); None: NSD is NaN. flare22: challenge's rules."""
     if not isinstance(tolerances, dict):
         tolerances = dict(zip(labels, np.broadcast_to(tolerances, len(labels))))
     both, results = np.stack((pred, ref)).astype(np.uint8, copy=False), {}  # (2, X, Y, Z)
     boxes = ndimage.find_objects(both, 255)  # four slices around each label; None: not there
     for label in labels:
-        p, r = both[(..., *(boxes[label - 1] or ())[1:])] == label  # within the box of both
+        p, r = both[(..., *(boxes[label - 1] or ())[1:])] == label  # in the box of both
         if flare22 and label in (5, 6, 10) and r.any():  # tubes: without the reference's last
             z = np.flatnonzero(r.any((0, 1)))  # slice, but a single slice is kept
             p, r = (mask[..., z[0]:max(z[-1], z[0] + 1)] for mask in (p, r))
@@ -826,10 +824,10 @@ def figure(run, best, cases):
         image, label, _ = (np.load(path, mmap_mode="r") for path in case.arrays)
         z = np.count_nonzero(label, (0, 1)).argmax()
         a, b = (segment(best, image, network) for network in "ab")
-        shown = {case.name: 0 * a, "reference": label, "A": a, "B": b, "A is not B": (a != b) * 255}
-        for axes, (title, ids) in zip(part.subplots(1, 5), shown.items()):
-            layers = (image, "gray", None), (np.ma.masked_equal(ids, 0), "viridis", max(run.ids))
-            for layer, colours, most in layers:
+        shown = zip((case.name, "reference", *"AB", "A != B"), (0 * a, label, a, b, 255 * (a != b)))
+        for axes, (title, ids) in zip(part.subplots(1, 5), shown):
+            over = np.ma.masked_equal(ids, 0)
+            for layer, colours, most in ((image, "gray", None), (over, "viridis", max(run.ids))):
                 drawn = axes.imshow(layer[:, :, z].T.astype(float), colours, vmin=most and 0,
                                     vmax=most, origin="lower", aspect=case.info[1] / case.info[0])
             axes.set(title=title, xticks=[], yticks=[])
@@ -840,11 +838,12 @@ def export(
         out: str):  # the file to write, model.onnx
     """Write network A as ONNX, for batches of any size, with all that `predict` needs. Returns the
     exit code: 1 if its logits differ from PyTorch's by more than 1e-3."""
-    need(out.endswith(".onnx"), f"{out}: predict would not know it; let the name end in .onnx")
+    need(Path(checkpoint).suffix != Path(out).suffix == ".onnx", f"{out}: want .pt and .onnx names")
     run = Run.load(checkpoint, device="cpu")
     image, network = torch.randn(2, 1, *run.config.patch), run.networks[0].eval()
     network.to(memory_format=torch.contiguous_format)  # there the norm is more exact on a CPU
     with blame(out, "not made", "pip install onnxscript onnxruntime", ImportError):
+        import onnxruntime  # noqa: F401  # before anything is written: the check needs it
         program = torch.onnx.export(network, (image,), input_names=["image"], dynamo=True,
                                     dynamic_shapes=[{0: torch.export.Dim("batch")}], verbose=False)
     program.model.metadata_props["cps"] = json.dumps([asdict(run.config), run.ids])
@@ -909,6 +908,7 @@ def info(
     """Print the paper's Tables 1 and 2 with the blanks filled. What is timed is timed here."""
     run = Run.load(checkpoint, device=config.device) if checkpoint else Run(
         config, range(1, classes))
+    need(run.networks[1:], f"{checkpoint}: holds A alone; give best.pt or last.pt")
     c, gpu, k, n = run.config, run.device.type == "cuda", len(run.ids) + 1, run.config.batch
     limit = inf if gpu else max(2, 48 >> c.levels - 1) << c.levels - 1  # a CPU times small patches
     small = replace(c, patch=tuple(min(p, limit) for p in c.patch))
@@ -985,7 +985,7 @@ def main(argv=None):
         result = globals()[name](*[config_from(name, **args)] if args else (), **own)
         return result if type(result) is int else 0
     nib.imageglobals.logger.setLevel("CRITICAL")  # what is wrong with a scan, an error says
-    if "RANK" in os.environ:  # of torchrun: the first process alone speaks
+    if "LOCAL_RANK" in os.environ:  # of torchrun: the first process alone speaks
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         distributed.init_process_group()
