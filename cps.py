@@ -678,7 +678,7 @@ def sliding_window(networks, volume, patch, num_classes, overlap=0.5, device="cp
                 del logits, out  # else they stay in memory beside those of the next windows
         result.narrow(axis, first, done).copy_(slab.narrow(axis + 1, 0, done).argmax(0))
         for layer in slab.movedim(axis + 1, 1):  # one by one: all at once would take half a slab
-            layer.copy_(nn.functional.pad(layer[done:], (0, 0, 0, 0, 0, done)))  # 0 behind it
+            layer[:-done], layer[-done:] = layer[done:].clone(), 0
     return result.numpy()[tuple(map(slice, volume.shape))]
 def largest_components(labels):
     """Keep the largest component (of voxels that share a face) of each label of uint8 (X, Y, Z)."""

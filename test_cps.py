@@ -1397,8 +1397,10 @@ def test_two_processes_train_one_pair_of_networks():
     make_data()
     flags = TINY | {"epochs": 2, "epoch_steps": 3, "lr": 0.001, "validate_epochs": 2}
     argv = ["train", "data", *words({k: v for k, v in flags.items() if k != "data"} | {"batch": 1})]
-    pathlib.Path("falls.py").write_text(  # its second process fails in the second epoch
-        "import os, sys, cps\none, seen = cps.train_step, []\n"
+    pathlib.Path("falls.py").write_text(  # its second process is quicker, and fails in epoch 2
+        "import os, sys, time, cps\none, seen, make = cps.train_step, [], cps.config_from\n"
+        "def late(*args, **flags):\n    time.sleep(3 * (os.environ['RANK'] == '0'))\n"
+        "    return make(*args, **flags)\ncps.config_from = late\n"
         "def step(*args):\n    seen.append(1)\n"
         "    cps.need(len(seen) < 5 or os.environ['RANK'] == '0', 'rank 1 falls')\n"
         "    return one(*args)\ncps.train_step = step\nsys.exit(cps.main())\n")
