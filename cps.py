@@ -824,13 +824,13 @@ def figure(run, best, cases):
         image, label, _ = (np.load(path, mmap_mode="r") for path in case.arrays)
         z = np.count_nonzero(label, (0, 1)).argmax()
         a, b = (segment(best, image, network) for network in "ab")
-        shown = zip((case.name, "reference", *"AB", "A != B"), (0 * a, label, a, b, 255 * (a != b)))
-        for axes, (title, ids) in zip(part.subplots(1, 5), shown):
+        titles = case.name[:20], "reference", "A", "B", "A != B"  # longer names would overlap
+        for ax, name, ids in zip(part.subplots(1, 5), titles, (0 * a, label, a, b, (a != b) * 255)):
             over = np.ma.masked_equal(ids, 0)
             for layer, colours, most in ((image, "gray", None), (over, "viridis", max(run.ids))):
-                drawn = axes.imshow(layer[:, :, z].T.astype(float), colours, vmin=most and 0,
+                drawn = ax.imshow(layer[:, :, z].T.astype(float), colours, vmin=most and 0,
                                     vmax=most, origin="lower", aspect=case.info[1] / case.info[0])
-            axes.set(title=title, xticks=[], yticks=[])
+            ax.set(title=name, xticks=[], yticks=[])
         part.colorbar(drawn, ax=part.axes, ticks=run.ids, label="label")
     atomic(f"{run.config.out}/figure.png", page.savefig)
 def export(
