@@ -824,12 +824,12 @@ def figure(run, best, cases):
         image, label, _ = (np.load(path, mmap_mode="r") for path in case.arrays)
         z = np.count_nonzero(label, (0, 1)).argmax()
         a, b = (segment(best, image, network) for network in "ab")
+        view = {"origin": "lower", "aspect": case.info[1] / case.info[0]}  # x to the right
         titles = case.name[:20], "reference", "A", "B", "A != B"  # longer names would overlap
         for ax, name, ids in zip(part.subplots(1, 5), titles, (0 * a, label, a, b, (a != b) * 255)):
-            over = np.ma.masked_equal(ids, 0)
-            for layer, colours, most in ((image, "gray", None), (over, "viridis", max(run.ids))):
-                drawn = ax.imshow(layer[:, :, z].T.astype(float), colours, vmin=most and 0,
-                                    vmax=most, origin="lower", aspect=case.info[1] / case.info[0])
+            ax.imshow(image[:, :, z].T.astype(float), "gray", **view)
+            over = np.ma.masked_equal(ids[:, :, z].T, 0)
+            drawn = ax.imshow(over, "viridis", vmin=0, vmax=max(run.ids), **view)
             ax.set(title=name, xticks=[], yticks=[])
         part.colorbar(drawn, ax=part.axes, ticks=run.ids, label="label")
     atomic(f"{run.config.out}/figure.png", page.savefig)
