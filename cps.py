@@ -11,7 +11,8 @@ Supervision for Semi-supervised Medical Image Segmentation, FLARE 2022; CPS: Che
     python cps.py predict CHECKPOINT IMAGE_OR_DIR OUT_DIR
     python cps.py evaluate PREDICTIONS REFERENCES [--flare22]
     python cps.py ablate DATA               does it help? supervised, CPS, context CPS, all labels
-    python cps.py export CHECKPOINT model.onnx, python cps.py info        the paper's tables, filled
+    python cps.py info                      the paper's tables, no blanks: FLOPs, memory, hours, CO2
+    python cps.py export CHECKPOINT model.onnx
 
     NIfTI files -> cache (memory-mapped) -> patches -> train_step -> checkpoint
                        metrics <- NIfTI files <- sliding_window <-------+
@@ -31,7 +32,7 @@ augmentation, unmirrored, as kidneys have sides; validation chooses the checkpoi
 Contents: grep '^# [0-9]' cps.py; section 2 is the method. Not for clinical use.
 """
 import argparse, concurrent.futures, datetime, inspect, io, itertools, json, os  # noqa: I001
-import platform, re, signal, sqlite3, sys, tempfile, time, zipfile, zlib
+import functools, platform, re, signal, sqlite3, sys, tempfile, time, zipfile, zlib
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -282,7 +283,6 @@ def split_cases(config):
          f"{root}: no unlabelled image; add imagesUn, --unlabelled DIR or --labelled N")
     return {part: [Case(name, images[name], labels[name] if part != "unlabelled" else None)
                    for name in names] for part, names in parts.items()}
-
 def read_scan(path, is_label=False, canonical=True, like=None):
     """Read a NIfTI file: volume (X, Y, Z), float32 or uint8, spacing in mm (3,), nibabel image.
     canonical: turned to RAS+; like: an image on whose grid it must lie. UserError if no scan."""
@@ -588,10 +588,9 @@ def train(config: Config):
         except (ImportError, AttributeError):  # absent, or old
             print(f"no {out}/figure.png: pip install -U matplotlib")
         print(f"\nNext: python cps.py predict {best} {images} {out}/predictions")
-        return {"best_dice": run.best, "checkpoint": str(best), "steps": run.step,  # best: of val
-                "results": results, "run": found, "test": split["test"],  # {case: {id: two}}
+        return {"checkpoint": str(best), "steps": run.step, "best_dice": run.best,  # of validation
+                "run": found, "test": split["test"], "results": results,  # {case: {id: scores}}
                 "minutes": sum(row[-1] for row in run.rows) * config.epoch_steps / 60}
-
 def train_loop(run, patches, val):
     """From the step of `run` to the last; each epoch a row, a checkpoint and maybe validation."""
     config, sgd, gpu, stop = run.config, run.optimisers, run.device.type == "cuda", []
@@ -729,6 +728,7 @@ def dice(pred, ref):
     """Dice coefficient of two bool arrays: 1 if both are empty, 0 if one is [FLARE22]."""
     size = np.count_nonzero(pred) + np.count_nonzero(ref)  # voxels
     return 2 * np.count_nonzero(pred & ref) / size if size else 1.0
+@functools.cache  # of one scan all labels have the same
 def surfel_areas(spacing):
     """float (256,): mm2 of surface at a voxel corner, by code; spacing in mm (3,). Each code is a
     mirror, turn or complement of one of SURFELS. Source: google-deepmind/surface-distance."""
@@ -749,7 +749,7 @@ def surface_dice(pred, ref, spacing, tolerance):
     bits = (128 >> np.arange(8)).reshape(2, 2, 2)  # of the code of the voxels at a corner
     codes = [ndimage.correlate(np.pad(mask[box], (0, 1)).view(np.uint8), bits, mode="constant")
              for mask in (pred, ref)]  # uint8 (x+1, y+1, z+1), between 0 and 255 at the surface
-    areas, near, total = surfel_areas(spacing), 0.0, 0.0  # (256,), mm2, mm2
+    areas, near, total = surfel_areas(tuple(spacing)), 0.0, 0.0  # (256,), mm2, mm2
     for code, other in (codes, codes[::-1]):
         here = code % 255 > 0
         distance = ndimage.distance_transform_edt(other % 255 == 0, sampling=spacing)[here]  # mm

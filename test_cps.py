@@ -662,7 +662,7 @@ def test_killed_at_any_moment_a_run_can_be_resumed_and_ends_the_same():
         assert train("--resume", out=out, cache=f"cache-{out}") == 0
         same_run("whole", out)
 
-@pytest.mark.parametrize("moment", ["write_bytes", "fsync", "replace", "unlink"])
+@pytest.mark.parametrize("moment", ["write_bytes", "fsync", "replace"])
 @pytest.mark.parametrize("name", ["last.pt", "best.pt", "log.csv"])
 def test_killed_while_it_writes_a_run_can_be_resumed(moment, name, monkeypatch):
     """At each stage of `atomic`, half of the bytes are written."""
@@ -682,8 +682,7 @@ def test_killed_while_it_writes_a_run_can_be_resumed(moment, name, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(where, moment, lambda path, *more: die(path) or real(path, *more))
         code, _ = in_a_child(*line())
-    assert code == (0 if (name, moment) == ("log.csv", "write_bytes") else -signal.SIGKILL) or (
-        moment == "unlink" and code == 0)
+    assert code == (0 if (name, moment) == ("log.csv", "write_bytes") else -signal.SIGKILL)
     assert train("--resume") == 0
     same_run("whole", "run")
 
@@ -695,7 +694,9 @@ def test_a_full_disk_loses_no_earlier_checkpoint(capfd):
     capfd.readouterr()
     code, _ = in_a_child(*line("--resume"), limit=len(before) // 2)
     error, = capfd.readouterr().err.splitlines()
-    assert code == 2 and "last.pt" in error and not [f for f in os.listdir("run") if "-" in f]
+    assert code == 2 and "last.pt" in error
+    assert {*os.listdir("run")} == {"best.pt", "last.pt", "log.csv", "split.json", "config.json",
+                                    "cps.py", ".lock0"}  # no temporary folder is left
     with open("run/last.pt", "rb") as file:
         assert file.read() == before
     assert train("--resume") == 0
@@ -1291,7 +1292,7 @@ def test_bad_training_case_is_named(bad, part, capsys):
     assert summary.startswith("error: ") and not os.path.exists("run")
 
 # Export, figure, several processes ----------------------------------------------------------------
-def test_onnx_gives_the_logits_and_the_segmentations_of_the_checkpoint(trained, monkeypatch, capsys):
+def test_onnx_gives_the_logits_and_the_segmentations_of_the_checkpoint(trained, capsys):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     best, folder = f"{trained}/fine/best.pt", f"{trained}/data/imagesTr"
@@ -1312,15 +1313,14 @@ def test_onnx_gives_the_logits_and_the_segmentations_of_the_checkpoint(trained, 
     assert len(pairs) == 6 and {*np.unique(pairs)} == {0, *IDS}
     assert np.mean([one == two for one, two in pairs]) > 0.9999
     before = pathlib.Path("a.onnx").read_bytes()
-    monkeypatch.setattr(cps.Block, "forward", lambda self, x: nn.Sequential.forward(self, x) * 1.01)
-    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: pytest.fail("not reached"))
     for argv in (["predict", "a.onnx", folder, "out", "--networks", "b"],  # it holds A alone
                  ["predict", "a.onnx", folder, "out", "--networks", "both"],
                  ["export", best, "model.pt"], ["export", "a.onnx", "b.onnx"],
                  ["info", "--checkpoint", "a.onnx"], ["export", "nowhere.pt", "b.onnx"]):
         assert cps.main(argv) == 2
         assert capsys.readouterr().err.startswith("error: ")
-    assert not os.path.exists("out") and pathlib.Path("a.onnx").read_bytes() == before
+    assert not {"out", "b.onnx"} & {*os.listdir()} and (
+        pathlib.Path("a.onnx").read_bytes() == before)
 
 def test_export_fails_where_the_file_computes_something_else(trained, monkeypatch, capsys):
     pytest.importorskip("onnxruntime")
@@ -1351,7 +1351,7 @@ def test_absent_optional_packages_are_named(trained, monkeypatch, capsys):
     assert "pip install -U matplotlib" in out.out and not out.err and "Next: " in out.out
     assert os.path.exists("run/best.pt") and not os.path.exists("run/figure.png")
 
-def test_figure_shows_the_log_and_what_the_networks_say(trained, monkeypatch):
+def test_figure_shows_the_log_and_what_the_networks_say(monkeypatch):
     monkeypatch.delitem(sys.modules, "matplotlib.figure")
     figure = pytest.importorskip("matplotlib.figure")
     def segment(run, volume, networks="a", *_):  # A and B say something, and not the same
@@ -1362,7 +1362,7 @@ def test_figure_shows_the_log_and_what_the_networks_say(trained, monkeypatch):
         pages.append(page), save(page, *args, **options)))
     make_data()
     assert train(method="context", validate_epochs=2, epochs=3, val=1.0) == 0
-    assert nib.__name__ and pathlib.Path("run/figure.png").read_bytes()[:4] == b"\x89PNG"
+    assert pathlib.Path("run/figure.png").read_bytes()[:4] == b"\x89PNG"
     rows, lines = table_of("run/log.csv"), {}
     for axes in pages[0].axes[:3]:
         assert axes.get_xlabel() == "step" and axes.get_legend()
