@@ -2,20 +2,16 @@
 
 Two 3D U-Nets, A and B, of one structure but different initialisation, learn from a few labelled and
 many unlabelled scans. Each sees its own patch of an unlabelled volume; where the two overlap, the
-hard label of one network supervises the other. They see the same voxels in other surroundings, so
-they agree only by getting them right whatever the context. Paper: P. Liu and G. Zheng, Cross Pseudo
-Supervision for Semi-supervised Medical Image Segmentation, FLARE 2022; CPS: Chen et al., CVPR 2021.
+hard label of one network supervises the other. Both see the same voxels in different surroundings,
+so an answer that comes from the surroundings alone is contradicted by the other network.
+Paper: P. Liu and G. Zheng, Cross Pseudo Supervision for Semi-supervised Medical Image Segmentation,
+FLARE 2022. CPS: X. Chen et al., CVPR 2021. Overlapping crops: X. Lai et al., CVPR 2021.
 
     python cps.py train                     a phantom, no data needed: minutes on two CPU cores
     python cps.py train DATA --labelled 8   your scans (MSD / nnU-Net layout), 8 of them with labels
     python cps.py predict CHECKPOINT IMAGE_OR_DIR OUT_DIR
-    python cps.py evaluate PREDICTIONS REFERENCES [--flare22]
+    python cps.py evaluate PREDICTIONS REFERENCES
     python cps.py ablate DATA               does it help? supervised, CPS, context CPS, all labels
-    python cps.py info                      the paper's tables, no blanks: FLOPs, memory, hours, CO2
-    python cps.py export CHECKPOINT model.onnx
-
-    NIfTI files -> cache (memory-mapped) -> patches -> train_step -> checkpoint
-                       metrics <- NIfTI files <- sliding_window <-------+
 
 The loss of step t, with labelled patches (x, y) and two overlapping crops u1, u2 of a volume:
 
@@ -26,82 +22,100 @@ The loss of step t, with labelled patches (x, y) and two overlapping crops u1, u
 
 Shapes: B batch, C channels, K classes (0 is background), X Y Z voxels of a volume in RAS+ (x to the
 right, y to the front, z to the head), P patch, x y z voxels of a patch or of an overlap.
-Where the paper is silent: random overlaps on all axes; A and B swap crops each step; lam is ramped
-up; two draws of He-normal (or --init-b xavier); 250 steps an epoch (fits its 96 h); nnU-Net's
-augmentation, unmirrored, as kidneys have sides; validation chooses the checkpoint; A predicts.
-Contents: grep '^# [0-9]' cps.py; section 2 is the method. Not for clinical use.
+
+Where the paper is silent: the overlap is drawn at random on each axis that has room; A and B swap
+crops each step; lam is ramped up; A and B are two draws of He-normal; an epoch has 250 steps;
+the network and the augmentation are nnU-Net's, without mirroring, as kidneys have sides;
+validation cases choose the checkpoint; A alone predicts. Not for clinical use.
+
+Part one, to be read: 1 Configuration, 2 The losses, 3 Overlapping patches, 4 The networks,
+5 Training, 6 Inference, 7 Dice. Part two, to be used: 8 Scans, 9 Augmentation, 10 Surfaces,
+11 Phantom, 12 Runs, 13 Commands, 14 Command line. The map: grep -n '^# [0-9P]' cps.py
 """
-import argparse, concurrent.futures, datetime, inspect, io, itertools, json, os  # noqa: I001
-import functools, platform, re, signal, sqlite3, sys, tempfile, time, zipfile, zlib
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+
+# SPDX-License-Identifier: MIT
+import argparse
+import concurrent.futures
+import csv
+import dataclasses
+import functools
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import sys
+import tempfile
+import threading
+import time
+import typing
+import warnings
+import zipfile
+import zlib
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args, get_origin
+from typing import Literal, NamedTuple
 
 import nibabel as nib
 import numpy as np
 import torch
-from scipy import ndimage, spatial, stats
+import torch.nn.functional as F
+from scipy import ndimage, spatial
 from torch import distributed, inf, nan, nn
-from torch.utils.benchmark import Timer
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-# 1. Configuration =================================================================================
-class UserError(Exception):
-    """Something the user can mend: one sentence that names the file or flag and the remedy."""
-def need(holds, sentence):
-    """Raise UserError with the sentence unless something holds."""
-    if not holds:
-        raise UserError(sentence)
-@contextmanager
-def blame(path, problem, remedy, kinds=Exception):
-    """Turn errors of the `with` block into a UserError: path, problem, what was raised, remedy."""
-    try:
-        yield
-    except kinds as error:  # broken files make nibabel, zipfile, pickle ... raise a dozen types
-        reason = getattr(error, "strerror", "") or str(error) or type(error).__name__
-        raise UserError(f"{path}: {problem}, {' '.join(reason.split())[:200]}; {remedy}") from error
-def attempt(function, *args):
-    """Call a function; print what the user can mend and return 2. A defect keeps its traceback."""
-    try:
-        return function(*args)
-    except (UserError, OSError) as error:
-        name = getattr(error, "filename", None)  # of the file that the system refuses
-        sentence = f"{name}: {error.strerror}; check the path and its rights" if name else error
-    except (MemoryError, RuntimeError) as error:  # torch has no type of its own for it on a CPU
-        if not re.search("^$|out of memory|not enough memory|allocate", str(error)[:200]):
-            raise
-        sentence = "out of memory; lower --patch, --batch or --base-channels of the training"
-    print(f"error: {sentence}", file=sys.stderr)
-    return 2
+# Part one: the method
+# ==================================================================================================
 
+
+# 1. Configuration
+# --------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run; the defaults are the preset `paper`. In brackets: who says so."""
+    """All settings of a run, each of them a flag; the defaults are the preset `paper`.
+
+    In brackets: who says so. [ours] is a choice where the paper is silent.
+    """
+
+    # data
     data: str = ""  # folder in MSD / nnU-Net layout; none: a phantom is built
-    preset: Literal["paper", "quick"] = "paper"  # as published; for a CPU (default without DATA)
-    out: str = ""  # run folder; none: runs/DATA-METHOD
-    resume: bool = False  # go on with the run in --out, or begin it
-    method: Literal["supervised", "cps", "context"] = "context"  # no L_cps, equal crops, overlap
-    labelled: int = 0  # training cases that keep their labels, the others lose them; 0: all
     unlabelled: tuple[str, ...] = ()  # more folders of unlabelled images
-    val: float = 0.2  # share, or number if >= 1, of labelled cases to choose the checkpoint [ours]
-    test: float = 0.0  # the same, for cases that choose nothing and are tested once at the end
-    seed: int = 0  # of the initialisation, the split and the patches
+    labelled: int = 0  # training cases that keep their labels, the others lose them; 0: all
+    val: float = 0.2  # share, or number if >= 1, of labelled cases that choose the checkpoint [ours]
+    test: float = 0.0  # the same, for cases that are tested once, at the end; 0: imagesTs, if any
+    split: str = ""  # a split.json, as in run folders: who is labelled, unlabelled, val, test
     clip: tuple[float, ...] = (-68.0, 200.0)  # HU; auto (empty): 0.5, 99.5 percentiles [paper]
     spacing: tuple[float, ...] = ()  # x y z in mm to resample to; native (empty): as it is [ours]
+    cache: str = "runs/.cache"  # folder of preprocessed volumes; may be deleted
+
+    # method
+    preset: Literal["paper", "quick"] = "paper"  # as published; for a CPU (default without DATA)
+    method: Literal["supervised", "cps", "context"] = "context"  # no L_cps, equal crops, overlap
+    lam: float = 1.0  # weight of L_cps after the ramp-up [ours, measured]
+    rampup: float = 0.6  # share of the run over which lam grows; 0: full at once [ours, measured]
+    pseudo_loss: Literal["dice_ce", "ce"] = "dice_ce"  # l of L_cps [paper: Dice + CE; CPS: CE]
+    seed: int = 0  # of the initialisation, the split and the patches
+
+    # patches
     patch: tuple[int, ...] = (160, 160, 96)  # x y z in voxels [paper]
     batch: int = 2  # labelled patches a step (and process), and as many unlabelled pairs [paper]
     min_overlap: float = 0.3  # least overlap of two crops, as a share of a crop [ours]
     intensity: float = 1.0  # scales the chances of intensity augmentation; 0: none [nnU-Net]
     spatial: float = 0.2  # chance of rotation to 30 degrees and scale 0.7 to 1.4; 0: none [nnU-Net]
-    mirror: str = ""  # axes to mirror, as `yz`, also for --tta; `x` swaps left and right [ours]
+    mirror: str = ""  # axes to mirror, as `yz`; `x` would swap left and right [ours]
+
+    # network
     base_channels: int = 32  # at the first level; doubled at each next one, at most 320 [nnU-Net]
-    levels: int = 5  # of resolution; the patch must divide by 2^(levels-1) [nnU-Net]
-    init_b: Literal["he", "xavier"] = "he"  # normal; A has he [paper: he for both]
-    lam: float = 1.0  # weight of L_cps after the ramp-up [ours, measured]
-    rampup: float = 0.6  # share of the run over which lam grows; 0: full at once [ours, measured]
-    pseudo_loss: Literal["dice_ce", "ce"] = "dice_ce"  # l of L_cps [paper: Dice + CE; CPS: CE]
+    levels: int = 5  # of resolution; the patch must divide by 2^(levels-1) [ours; nnU-Net: 6]
+    init_b: Literal["he", "xavier"] = "he"  # normal; A has he [paper: he; two draws of it: ours]
+
+    # schedule
     epochs: int = 1000  # an epoch is a row of the log [paper]
     epoch_steps: int = 250  # optimiser steps [nnU-Net; fits the paper's 96 h]
     lr: float = 0.01  # of SGD with Nesterov momentum [paper]
@@ -110,891 +124,2105 @@ class Config:
     weight_decay: float = 3e-5  # [nnU-Net]
     grad_clip: float = 12.0  # largest norm of a network's gradient; 0: no limit [nnU-Net]
     validate_epochs: int = 10  # validate every so many epochs, and after the last [ours]
+
+    # machine
+    out: str = ""  # run folder; none: runs/DATA-METHOD
+    resume: bool = False  # go on with the run in --out, or begin it
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU if there is one
-    compile: bool = False  # torch.compile: 20 % faster steps on a CPU after a minute [measured]
     amp: bool = True  # mixed precision on a GPU: bf16, or fp16 if it has no bf16
+    compile: bool = False  # torch.compile: 20 % faster steps on a CPU after a minute [measured]
     workers: int = 8  # loader processes for a GPU; on a CPU there are none
-    cache: str = "runs/.cache"  # folder of preprocessed volumes; may be deleted
+    check: bool = True  # refuse a run that memory or disk cannot hold, before it begins
+
     def __post_init__(self):
-        """Refuse impossible values in one sentence, before any work is done."""
-        stride, gpu = 2 ** abs(self.levels - 1), "cuda" in self.device and torch.cuda.is_available()
-        wanted = {name: 0 < getattr(self, name) < 1 or "between 0 and 1"
-                  for name in ("momentum", "min_overlap")} | {
-            "patch": len(self.patch) == 3 and all(p > 0 and p % stride == 0 for p in self.patch)
-            and max(self.patch) > stride or f"3 multiples of {stride}, not all {stride}",
-            "clip": not self.clip or len(self.clip) == 2
-            and -inf < self.clip[0] < self.clip[1] < inf or "LOW HIGH, or auto",
-            "spacing": len(self.spacing) in (0, 3) and all(0.01 <= s <= 100 for s in self.spacing)
-            or "X Y Z in mm, or native", "mirror": {*self.mirror} <= {*"xyz"} or "some of x, y, z",
-            "device": self.device in ("auto", "cpu") or gpu or "cpu, or a GPU that is there"}
-        for name, value in vars(self).items():
-            low = Config.__annotations__[name] is int and name not in "labelled, seed, workers"
-            usual = type(value) not in (int, float) or low <= value < inf or f"{low:d} or more"
-            holds = wanted.get(name, usual)  # True, or what it must be
-            need(holds is True, f"--{name.replace('_', '-')} {value}: must be {holds}")
-PRESETS = {"paper": {}, "quick": {  # momentum 0.99 wants more than some hundred steps [measured]
-    "patch": (32, 48, 32), "base_channels": 8, "levels": 4, "epochs": 20, "epoch_steps": 20,
-    "halve_epochs": 8, "lr": 0.2, "momentum": 0.9, "validate_epochs": 4}}  # lr: finds small organs
-RANK = int(os.environ["RANK"]) if "LOCAL_RANK" in os.environ else 0  # 0: the first, or alone
-MAY_CHANGE = {"resume", "out", "epochs", "device", "compile", "workers", "cache"}  # on --resume
+        check_config(self)  # one sentence for each impossible value, in section 14
 
-# 2. The method: pure functions, tensors in, scalar out ============================================
-def overlapping_corners(rng, shape, patch, min_overlap):
-    """Draw the corners of two patches of one volume that share at least `min_overlap` of a patch.
-    rng: numpy Generator; shape, patch: voxels, an entry an axis. Returns two int arrays within
-    [0, shape - patch]; both are 0 on an axis where the volume is smaller: they are padded alike.
-    They share r = prod(1 - |d_a| / P_a), d the offset; 1, plain CPS, only without room. [ours]"""
-    patch = np.asarray(patch)
-    room = np.maximum(np.asarray(shape) - patch, 0)  # for the corner, on each axis
-    corner1 = rng.integers(0, room + 1)  # anywhere in the volume
-    corner2, left = corner1.copy(), 1.0  # left: the overlap that the axes so far leave
-    for a in rng.permutation(len(patch)):  # spends what is left; rejection hardly ever ends in 3D
-        reach = int(patch[a] * (1 - min_overlap / left) + 1e-9)
-        near = range(max(corner1[a] - reach, 0), min(corner1[a] + reach, room[a]) + 1)
-        moved = [c for c in near if left == 1 and c != corner1[a]]  # no offset yet: leave out 0
-        corner2[a] = rng.choice(moved or near)
-        left *= 1 - abs(corner2[a] - corner1[a]) / patch[a]
-    return corner1, corner2
 
-def overlap_slices(corner1, corner2, patch):
-    """Where the overlap of two crops lies in each: image1[slices1] is image2[slices2], exactly.
-    Two tuples of slices, in voxels; ValueError if there is no overlap. Source: geometry."""
-    d = np.subtract(corner2, corner1)  # in crop 1 the overlap is [max(0, d), P + min(0, d))
-    if np.any(abs(d) >= patch):
-        raise ValueError(f"crops at {tuple(corner1)} and {tuple(corner2)} do not overlap")
-    return [tuple(map(slice, np.maximum(0, o), patch + np.minimum(0, o))) for o in (d, -d)]
+PRESETS = {
+    "paper": {},
+    "quick": {  # minutes on a CPU; momentum 0.99 wants more than some hundred steps [measured]
+        "patch": (32, 48, 32),
+        "base_channels": 8,
+        "levels": 4,
+        "epochs": 20,
+        "epoch_steps": 20,
+        "halve_epochs": 8,
+        "lr": 0.2,  # a smaller one misses small organs [measured]
+        "momentum": 0.9,
+        "validate_epochs": 4,
+    },
+}
+
+
+# 2. The losses
+# --------------------------------------------------------------------------------------------------
+def dice_ce_loss(logits, target, ignore_index=-1, dice=True):
+    """Soft Dice loss + cross-entropy, for true labels and for pseudo labels [paper, nnU-Net].
+
+    logits: (B, K, x, y, z). target: int64 (B, x, y, z), a class 0..K-1, or `ignore_index` for
+    voxels that count in neither part. dice=False: cross-entropy alone. Returns a scalar; 0, and
+    not NaN, where all voxels are ignored.
+    """
+    valid = target != ignore_index  # (B, x, y, z)
+    target = target.masked_fill(~valid, 0)[:, None]  # (B, 1, x, y, z); ignored: any class will do
+    log_prob = logits.float().log_softmax(dim=1)  # (B, K, x, y, z); half precision would spoil it
+
+    # Cross-entropy: the mean over the voxels of a patch that are not ignored.
+    nll = -log_prob.gather(1, target)[:, 0] * valid  # (B, x, y, z)
+    voxels = valid.flatten(1).sum(1).clamp(min=1)  # (B,)
+    loss = nll.flatten(1).sum(1) / voxels  # (B,)
+    if not dice:
+        return loss.mean()
+
+    # Soft Dice: for each patch and class apart, so that no patch depends on its neighbours.
+    prob = log_prob.exp() * valid[:, None]  # (B, K, x, y, z)
+    one_hot = torch.zeros_like(prob).scatter_(1, target, valid[:, None].to(prob.dtype))
+    prob = prob[:, 1:].flatten(2)  # (B, K-1, xyz), without background
+    one_hot = one_hot[:, 1:].flatten(2)
+    overlap = (prob * one_hot).sum(2)  # (B, K-1)
+    size = prob.sum(2) + one_hot.sum(2)
+    # 1e-5: a class that is in neither scores 1 instead of 0 / 0.
+    soft_dice = (2 * overlap + 1e-5) / (size + 1e-5)
+    loss = loss + 1 - soft_dice.mean(1)
+    return loss.mean()
+
 
 def pseudo_label(logits):
     """Hard labels int64 (B, x, y, z) of logits (B, K, x, y, z): no gradient, no threshold [CPS]."""
     return logits.detach().argmax(dim=1)
+
+
 def cross_pseudo_loss(logits_a, logits_b, valid=None, dice=True):
     """L_cps: each network learns the other's hard label on the voxels that both see.
-    logits_a, logits_b: (B, K, x, y, z), both cut to the overlap; valid: bool (B, x, y, z), not on
-    padding; dice: l is Dice + CE, else CE. Returns a scalar. Source: CPS; Dice + CE: the paper."""
-    label_a, label_b = pseudo_label(logits_a), pseudo_label(logits_b)  # (B, x, y, z), no gradient
+
+    logits_a, logits_b: (B, K, x, y, z), both cut to the overlap. valid: bool (B, x, y, z), False
+    on padding. dice: l is Dice + CE [paper], else CE alone [CPS]. Returns a scalar.
+    """
+    label_a = pseudo_label(logits_a)  # (B, x, y, z)
+    label_b = pseudo_label(logits_b)
     if valid is not None:  # padding must not be learned as background
-        label_a, label_b = label_a.masked_fill(~valid, -1), label_b.masked_fill(~valid, -1)
-    return dice_ce_loss(logits_a, label_b, dice=dice) + dice_ce_loss(logits_b, label_a, dice=dice)
+        label_a = label_a.masked_fill(~valid, -1)
+        label_b = label_b.masked_fill(~valid, -1)
+    loss_a = dice_ce_loss(logits_a, label_b, dice=dice)
+    loss_b = dice_ce_loss(logits_b, label_a, dice=dice)
+    return loss_a + loss_b
+
 
 def rampup(step, length):
-    """Share of lam at a step: pseudo labels are noise at first. [ours; shape of SSL4MIS]"""
-    return float(np.exp(-5 * (1 - step / length) ** 2)) if step < length else 1.0
+    """Share of lam at a step: pseudo labels are noise at first [ours; the shape is SSL4MIS's]."""
+    if step >= length:
+        return 1.0
+    return float(np.exp(-5 * (1 - step / length) ** 2))
 
-# 3. Supervised loss ===============================================================================
-def dice_ce_loss(logits, target, ignore_index=-1, dice=True):
-    """Soft Dice loss + cross-entropy, for true and for pseudo labels; dice=False: cross-entropy.
-    logits: (B, K, x, y, z); target: int64 (B, x, y, z), 0..K-1, or `ignore_index` for voxels that
-    count in neither part. Returns a scalar, 0, not NaN, where all is ignored. [paper, nnU-Net]"""
-    valid = target != ignore_index  # (B, x, y, z)
-    target = target.masked_fill(~valid, 0)[:, None]  # (B, 1, x, y, z)
-    log_prob = logits.float().log_softmax(dim=1)  # (B, K, x, y, z); half precision would spoil it
-    nll = -log_prob.gather(1, target)[:, 0] * valid  # (B, x, y, z)
-    loss = nll.flatten(1).sum(1) / valid.flatten(1).sum(1).clamp(min=1)  # (B,)
-    if dice:  # per patch and class, then a mean: what a patch adds does not hang on its batch
-        prob = log_prob.exp() * valid[:, None]  # (B, K, x, y, z)
-        one_hot = torch.zeros_like(prob).scatter_(1, target, valid[:, None].to(prob.dtype))
-        prob, one_hot = prob[:, 1:].flatten(2), one_hot[:, 1:].flatten(2)  # (B, K-1, xyz)
-        overlap, size = (prob * one_hot).sum(2), prob.sum(2) + one_hot.sum(2)  # (B, K-1)
-        # 1e-5: a class in neither gives 1, not 0 / 0; in the prediction only, just CE lowers it.
-        loss = loss + 1 - ((2 * overlap + 1e-5) / (size + 1e-5)).mean(1)
-    return loss.mean()
 
-# 4. The network ===================================================================================
-class Block(nn.Sequential):
-    """Twice 3x3x3 convolution (no bias: the norm undoes it), instance norm, LeakyReLU [nnU-Net]."""
-    def __init__(self, c_in, c_out, stride=1):
-        super().__init__()  # GroupNorm of single channels: InstanceNorm that keeps channels-last
-        for c, s in ((c_in, stride), (c_out, 1)):
-            self.extend([nn.Conv3d(c, c_out, 3, s, padding=1, bias=False),
-                         nn.GroupNorm(c_out, c_out, eps=1e-5), nn.LeakyReLU(0.01, inplace=True)])
-class UNet3D(nn.Module):
-    """Plain 3D U-Net: (B, C, X, Y, Z), sizes divisible by 2^(levels-1), to (B, K, X, Y, Z)."""
-    def __init__(self, num_classes, base_channels, levels, in_channels=1):
-        super().__init__()  # Source: nnU-Net, without deep supervision
-        ch = [min(base_channels * 2**i, 320) for i in range(levels)]  # 32, 64, 128, 256, 320
-        steps = [*itertools.pairwise(ch)]  # (32, 64), (64, 128) ...
-        self.down = nn.ModuleList([Block(in_channels, ch[0]), *(Block(a, b, 2) for a, b in steps)])
-        self.up = nn.ModuleList([nn.ConvTranspose3d(b, a, 2, stride=2) for a, b in steps[::-1]])
-        self.merge = nn.ModuleList([Block(2 * a, a) for a, _ in steps[::-1]])
-        self.head = nn.Conv3d(ch[0], num_classes, 1)
-    def forward(self, x):
-        *levels, x = itertools.accumulate(self.down, lambda x, block: block(x), initial=x)  # halved
-        for up, block, skipped in zip(self.up, self.merge, levels[::-1]):  # x is the deepest one
-            x = block(torch.cat((up(x), skipped), dim=1))
-        return self.head(x)  # (B, K, X, Y, Z)
+# 3. Overlapping patches
+# --------------------------------------------------------------------------------------------------
+def overlapping_corners(rng, shape, patch, min_overlap):
+    """Draw the corners of two patches of one volume that share at least `min_overlap` of a patch.
 
-def make_pair(config, num_classes):
-    """Networks A and B: one structure, two draws of the weights, biases 0 [paper]."""
-    networks, draws = [], {"he": nn.init.kaiming_normal_, "xavier": nn.init.xavier_normal_}
-    with torch.random.fork_rng(devices=[]):  # leaves the caller's generator alone
-        for which, scheme in enumerate(("he", config.init_b)):
-            torch.manual_seed(2 * config.seed + which)  # of one seed, they would always agree
-            networks.append(UNet3D(num_classes, config.base_channels, config.levels))
-            for name, p in networks[-1].named_parameters():  # the norms begin as 1 and 0
-                if p.ndim == 5 or name.endswith("bias"):  # LeakyReLU's slope is next to none
-                    (draws[scheme] if p.ndim == 5 else nn.init.zeros_)(p)
-    return networks
+    rng: numpy Generator. shape, patch: voxels of each axis. Returns two int arrays within
+    [0, shape - patch]. Both corners are 0 on an axis where the volume is smaller than the patch:
+    the two are padded alike there. With offset d and patch P they share prod(1 - |d_a| / P_a).
+    The two are equal only where the volume, or a min_overlap close to 1, leaves no other choice.
+    [ours: the paper does not say how it draws; offsets are bounded, as rejecting would take long]
+    """
+    patch = np.asarray(patch)
+    room = np.maximum(np.asarray(shape) - patch, 0)  # for a corner, on each axis
+    corner1 = rng.integers(0, room + 1)  # anywhere in the volume
+    corner2 = corner1.copy()
 
-# 5. Data: NIfTI files in, memory-mapped arrays out ================================================
-class Case(NamedTuple):
-    """One scan."""
-    name: str
-    image: Path
-    label: Path | None = None  # None where there is none, or where training must not read it
-    arrays: tuple = ()  # .npy files, once prepared: image, and of a labelled case label and points
-    info: tuple = ()  # once prepared: spacing x, y, z in mm, and a checksum of the image
-def atomic(path, save, *args):
-    """Call save(temporary, *args), a name in a folder of its own; then rename that to `path`."""
-    (parent := Path(path).parent).mkdir(parents=True, exist_ok=True)
-    with (blame(path, "cannot be written", "make room or change it", OSError),
-          tempfile.TemporaryDirectory(prefix=".", dir=parent) as folder):
-        save(temporary := Path(folder, Path(path).name), *args)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # on disk before it gets its name
-        temporary.replace(path)  # a crash or a full disk leaves the old file or the new, no half
-def write_text(path, text):
-    """Write a text, or rows as CSV."""
-    lines = [text] if type(text) is str else (",".join(map(str, row)) + "\n" for row in text)
-    atomic(path, Path.write_text, "".join(lines), "utf-8")
-def list_scans(*paths):
-    """{case name: path} of NIfTI files or folders of them; nnU-Net's `_0000` is not in a name."""
-    scans, match = {}, re.compile(r"([^.].*?)(_0000)?\.nii(\.gz)?").fullmatch  # not Path.stem
-    for path in map(Path, paths):
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
-        found = {file: match(file.name)[1] for file in files if match(file.name)}
-        need(found, f"{path}: no .nii or .nii.gz file here; give a scan or a folder of scans")
-        for file, name in found.items():
-            other = scans.get(name.removesuffix("_0001")) or scans.setdefault(name, file)
-            need(other is file, f"{file}: of the same case as {other}; keep one image a case")
-    return scans
-def split_cases(config):
-    """The cases of config.data: {"labelled", "unlabelled", "val", "test"}, each a list of Case."""
-    labels = list_scans((root := Path(config.data)) / "labelsTr")
-    images = list_scans(root / "imagesTr", *root.glob("imagesUn"), *config.unlabelled)
-    need({*labels} <= {*images}, f"{root}/imagesTr: add images {sorted({*labels} - {*images})[:5]}")
-    known = np.random.default_rng(0).permutation(sorted(labels)).tolist()  # all seeds: same tests
-    test, val = (int(np.ceil(n if n >= 1 else n * len(known))) for n in (config.test, config.val))
-    rest = np.random.default_rng((1, config.seed)).permutation(known[test:]).tolist()
-    n = config.labelled or len(rest) - val  # 0: all that are left
-    need(0 < n <= len(rest) - val, f"--labelled, --val, --test: want more than {len(known)} cases")
-    parts = {"labelled": rest[val:val + n], "val": rest[:val], "test": known[:test],
-             "unlabelled": rest[val + n:] + sorted(images.keys() - labels.keys())}  # no labels now
-    need(parts["unlabelled"] or config.method == "supervised",
-         f"{root}: no unlabelled image; add imagesUn, --unlabelled DIR or --labelled N")
-    return {part: [Case(name, images[name], labels[name] if part != "unlabelled" else None)
-                   for name in names] for part, names in parts.items()}
-def read_scan(path, is_label=False, canonical=True, like=None):
-    """Read a NIfTI file: volume (X, Y, Z), float32 or uint8, spacing in mm (3,), nibabel image.
-    canonical: turned to RAS+; like: an image on whose grid it must lie. UserError if no scan."""
-    with blame(path, "cannot be used", "replace or mend the file"):
-        scan = nib.load(path)
-        need(scan.get_data_dtype().kind in "iuf", f"its voxels are {scan.get_data_dtype()}")
-        need(scan.ndim > 2 and {*scan.shape[3:]} <= {1}, f"its shape {scan.shape} is not 3D")
-        volume = scan.get_fdata(dtype=np.float32, caching="unchanged").reshape(scan.shape[:3])
-        spacing, axes = nib.affines.voxel_sizes(scan.affine), nib.io_orientation(scan.affine)
-        need(all(1e-3 < s < 1e3 for s in spacing) and not np.isnan(axes).any(),
-             f"its spacing {spacing.round(6).tolist()} mm is impossible")
-        need(volume.size and np.isfinite(volume).all(), "it is empty, or holds NaN or infinity")
-        need(like is None or scan.shape == like.shape and np.allclose(
-            scan.affine, like.affine, atol=0.01), "its shape or affine is not that of the image")
-        wrong = volume[abs(volume - volume.round().clip(0, 255)) > 1e-3] if is_label else ()
-        need(not len(wrong), f"labels {np.unique(wrong)[:3]} are no whole numbers from 0 to 255")
-    volume = volume.round().astype(np.uint8) if is_label else volume
-    if canonical:  # in one memory order too: then sums, and so results, agree to the bit
-        volume = np.ascontiguousarray(nib.apply_orientation(volume, axes))
-        spacing = spacing[np.argsort(axes[:, 0])]
-    return volume, spacing, scan
-def resample(volume, shape, is_label=False):
-    """Resample (X, Y, Z), edges aligned: linear; labels nearest, as 2 is not between 1 and 3."""
-    grid, mode = torch.from_numpy(volume)[None, None], "nearest-exact" if is_label else "trilinear"
-    return nn.functional.interpolate(grid, tuple(map(int, shape)), mode=mode)[0, 0].numpy()
-def preprocess(volume, spacing, config, path):
-    """Clip, resample, z-score of a volume [paper, scope ours], in place if it can: float32."""
-    low, high = config.clip or np.percentile(volume, (0.5, 99.5))  # HU, or whatever unit
-    np.clip(volume, low, high, out=volume)  # first: no implant spreads, or decides mean and sd
-    if config.spacing:
-        volume = resample(volume, np.rint(volume.shape * spacing / config.spacing).clip(1))
-    std, mean = torch.std_mean(torch.from_numpy(volume))  # over all voxels, air too
-    need(std > 1e-6, f"{path}: constant from {low:g} to {high:g}; set --clip or remove it")
-    return torch.from_numpy(volume).sub_(mean).div_(std).numpy()
-def prepare_case(case, config):
-    """The case with its arrays in the cache, made only where they are missing, damaged or stale:
-    image float16, label uint8, points int32 (n, 4): id, x, y, z of up to 1000 voxels a label."""
-    files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in case[1:3] if f]
-    key = zlib.crc32(repr((files, config.clip, config.spacing)).encode())  # in the names
-    parts = ("image", "label", "points", "info") if case.label else ("image", "info")
-    paths = [f"{config.cache}/{case.name}-{key}.{part}.npy" for part in parts]
-    try:
-        *_, info = (np.load(path, mmap_mode="r") for path in paths)  # whole and readable?
-    except (OSError, ValueError, EOFError):
-        volume, spacing, scan = read_scan(case.image)
-        arrays = [preprocess(volume, spacing, config, case.image).astype(np.float16)]  # to < 1 HU
-        if case.label:
-            label = resample(read_scan(case.label, True, like=scan)[0], arrays[0].shape, True)
-            rng, ids = np.random.default_rng(0), np.unique(label[label > 0])
-            points = [(i, *p) for i in ids for p in rng.permutation(np.argwhere(label == i))[:1000]]
-            arrays += [label, np.array(points, np.int32).reshape(-1, 4)]  # (0, 4) of no label
-        info = np.array((*(config.spacing or spacing), zlib.crc32(arrays[0])))
-        for path, array in zip(paths, [*arrays, info]):
-            atomic(path, np.save, array)
-    return case._replace(arrays=tuple(paths[:-1]), info=tuple(info.tolist()))
-def progress(what, done, total, start):
-    """Redraw one line with the time left, on a terminal only."""
-    if sys.stdout.isatty():
-        left = datetime.timedelta(seconds=int((time.monotonic() - start) / done * (total - done)))
-        print(f"{what} {done}/{total}, {left} left  ", end="\r\n"[done == total], flush=True)
-def for_each(what, items, one, threads=1):
-    """Call one(name, item) for all items and report bad ones: exit code 1 if some are, 2 if all."""
-    bad, start = 0, time.monotonic()
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        codes = (pool.map if threads > 1 else map)(lambda pair: attempt(one, *pair), items.items())
-        for i, code in enumerate(codes, 1):
-            bad += code == 2
-            progress(what, i, len(items), start)
-    print(f"{what}: {len(items) - bad} of {len(items)} done in {time.monotonic() - start:.1f} s")
-    return 0 if not bad else 2 if bad == len(items) else 1
-def prepare(split, config):
-    """The split, all its cases checked and cached; the problems of all are reported in one go."""
-    def one(name, case):
-        done[name] = case = prepare_case(case, config)
-        twin = seen.setdefault(case.info[3], case.image)  # on both sides of a split it is a leak
-        need(twin == case.image, f"{case.image}: has the same voxels as {twin}; remove one of them")
-        if case.label and not len(np.load(case.arrays[2])):
-            print(f"warning: {case.label}: no voxel is labelled", file=sys.stderr)
-    done, seen, cases = {}, {}, {case.name: case for part in split.values() for case in part}
-    what = ", ".join(f"{len(part)} {name}" for name, part in split.items())
-    code = for_each(f"preparing {what}", cases, one, threads=min(4, os.cpu_count() or 1))
-    need(not code, f"{config.data}: some cases cannot be used, see above; mend or remove them")
-    return {part: [done[case.name] for case in cases] for part, cases in split.items()}
+    overlap = 1.0  # what the two share, if the axes that are still to come have no offset
+    for axis in rng.permutation(len(patch)):
+        # This axis may use up what is left: 1 - |d| / P >= min_overlap / overlap.
+        reach = int(patch[axis] * (1 - min_overlap / overlap) + 1e-9)
+        lowest = max(corner1[axis] - reach, 0)
+        highest = min(corner1[axis] + reach, room[axis])
+        choices = np.arange(lowest, highest + 1)
 
-# 6. Phantom: something to segment on any machine ==================================================
-ORGANS = (("fat", (0, 0, 0), (100, 90, 400), -90), ("muscle", (0, 0, 0), (90, 80, 400), 45),
-          ("spine", (0, -60, 0), (16, 18, 300), 350), ("stomach", (-30, 42, 35), (30, 28, 36), 70),
-          ("liver", (42, 16, 42), (42, 50, 50), 110), ("spleen", (-58, -14, 42), (26, 34, 42), 130),
-          *[("kidney", (x, -34, -50), (24, 24, 40), 170) for x in (40, -40)],  # only context tells
-          ("aorta", (0, -20, 0), (14, 14, 300), 195))  # centre and radii in % of half the width, HU
-def phantom_volume(rng, shape=(48, 48, 40)):
-    """A body in RAS+, each another: image float (X, Y, Z) in HU and label uint8 (X, Y, Z)."""
-    grid = np.stack(np.meshgrid(*(np.linspace(-1.1, 1.1, n) for n in shape), indexing="ij"))
-    for coordinate in grid:  # a smooth random displacement: no outline is an ellipsoid
-        coordinate += rng.uniform(1.3, 3.7) * ndimage.gaussian_filter(rng.standard_normal(shape), 5)
-    image, label, phase = np.full(shape, -1000.0), np.zeros(shape, np.uint8), rng.uniform(0.8, 1.2)
-    for i, (_, centre, radii, hu) in enumerate(ORGANS, -3):  # the first four have no label
-        centre = np.divide(centre, 100) + rng.uniform(-0.06, 0.06, 3) * (i > -2)
-        radii = np.divide(radii, 100) * (rng.uniform(0.9, 1.1, 3) if i > -2 else 1)
-        organ = sum(((g - c) / r) ** 2 for g, c, r in zip(grid, centre, radii)) < 1  # an ellipsoid
-        image[organ], label[organ] = hu * phase * rng.uniform(0.95, 1.05), max(0, i)
-    image = ndimage.gaussian_filter(image, rng.uniform(0.4, 0.8)) + rng.uniform(-10, 10)  # scanner
-    return image + rng.normal(0, rng.uniform(10, 30), shape), label
-def make_phantom(folder):
-    """Write what is missing of it: 12 labelled (Tr), 24 unlabelled (Un), 4 test cases (Ts)."""
-    for group, part, count in ((0, "Tr", 12), (1, "Un", 24), (2, "Ts", 4)):
-        for i, kind in itertools.product(range(count), ("labels", "images")[part == "Un":]):
-            path = Path(folder) / (kind + part) / f"phantom{part}{i:02}.nii.gz"
-            if not path.exists():
-                array = phantom_volume(np.random.default_rng((group, i)))[kind == "labels"]
-                array = array[::-1, ::-1].round().astype(np.int16)  # LPS: never RAS+ by luck
-                atomic(path, nib.Nifti1Image(array, np.diag((-6, -6, 6, 1))).to_filename)
+        moved = choices[choices != corner1[axis]]
+        if overlap == 1 and len(moved):  # no offset so far: equal crops would be plain CPS
+            choices = moved
+        corner2[axis] = rng.choice(choices)
+        overlap *= 1 - abs(corner2[axis] - corner1[axis]) / patch[axis]
+    return corner1, corner2
 
-# 7. Patches: batch number i, from (seed, i) alone =================================================
-def read_box(volume, corner, shape, matrix=None, outside=0):
-    """Cut a box out of a volume (X, Y, Z), maybe memory-mapped: only it is read. corner: an array.
-    Returns float32, 0 (the mean) outside the volume; with outside=-1, for labels: int16, -1."""
-    if matrix is not None:  # (3, 3): maps offsets from the box's centre to those in the volume
-        half = np.ceil(np.abs(matrix) @ (shape / 2)).astype(int) + 1  # of a box that covers it all
-        wide = read_box(volume, corner + shape // 2 - half, 2 * half + 1, None, outside)
-        return ndimage.affine_transform(wide, matrix, half - matrix @ (shape // 2), tuple(shape),
-                                        order=1 + outside, cval=outside)  # linear or nearest
-    box = np.full(shape, outside, np.int16 if outside else np.float32)  # all padding at first
-    low, high = np.clip(corner, 0, volume.shape), np.clip(corner + shape, 0, volume.shape)  # inside
+
+def overlap_slices(corner1, corner2, patch):
+    """Where the overlap of two patches lies in each: image1[slices1] is image2[slices2], exactly.
+
+    Returns two tuples of slices, in voxels of a patch. ValueError if there is no overlap.
+    """
+    offset = np.subtract(corner2, corner1)
+    if np.any(abs(offset) >= patch):
+        raise ValueError(f"patches at {corner1} and {corner2} do not overlap")
+    # On an axis, the overlap is [max(0, d), P + min(0, d)) in patch 1. For patch 2, d is -d.
+    slices1 = tuple(map(slice, np.maximum(0, offset), patch + np.minimum(0, offset)))
+    slices2 = tuple(map(slice, np.maximum(0, -offset), patch + np.minimum(0, -offset)))
+    return slices1, slices2
+
+
+def cut_box(volume, corner, shape, outside):
+    """Cut a box out of a volume (X, Y, Z), maybe memory-mapped: only the box is read.
+
+    corner may be negative, and the box may reach beyond the end: `outside` is filled in there.
+    """
+    box = np.full(shape, outside)
+    low = np.clip(corner, 0, volume.shape)  # of what lies inside the volume
+    high = np.clip(corner + shape, 0, volume.shape)
     box[tuple(map(slice, low - corner, high - corner))] = volume[tuple(map(slice, low, high))]
     return box
-def spatial_matrix(rng, spacing):
-    """Rotation to 30 degrees, scale 0.7 to 1.4 [nnU-Net]; in mm, else uneven voxels would shear."""
-    turn = spatial.transform.Rotation.from_euler("xyz", rng.uniform(-30, 30, 3), degrees=True)
-    scale = rng.uniform(*((0.7, 1) if rng.random() < 0.5 else (1, 1.4)))
-    return scale * np.diag(1 / np.asarray(spacing)) @ turn.as_matrix() @ np.diag(spacing)
-def augment(patch, rng, chance):
-    """New float32 (X, Y, Z), intensities changed: nnU-Net's kinds, about its chances and ranges."""
-    chances = chance * np.array((0.1, 0.1, 0.15, 0.15, 0.25, 0.3))
-    noise, blur, brightness, contrast, coarse, gamma = rng.random(6) < chances
-    if noise:
-        patch = patch + rng.uniform(0, 0.1) * rng.standard_normal(patch.shape, np.float32)
-    patch = ndimage.gaussian_filter(patch, rng.uniform(0.5, 1)) if blur else patch  # sd in voxels
-    patch = patch * rng.uniform(0.75, 1.25) if brightness else patch  # around 0, the mean
-    if contrast:
-        mean, low, high = patch.mean(), patch.min(), patch.max()
-        patch = np.clip((patch - mean) * rng.uniform(0.75, 1.25) + mean, low, high)
-    if coarse:  # low resolution: every n-th voxel, then back to size
-        small = [max(1, round(n * zoom)) for zoom in [rng.uniform(0.5, 1)] for n in patch.shape]
-        patch = resample(resample(np.array(patch, np.float32), small, is_label=True), patch.shape)
-    if gamma:
-        patch = patch * (sign := -1 if rng.random() < 1 / 3 else 1)  # inverted in one of three
-        low, size = patch.min(), np.ptp(patch) + 1e-6
-        patch = sign * (((patch - low) / size) ** rng.uniform(0.7, 1.5) * size + low)
-    return np.array(patch, dtype=np.float32)
-class Patches(torch.utils.data.Dataset):
-    """Item i is the batch of step i, a dict. tensors: images for A and for B, (B + n, 1, *P), first
-    B labelled patches, then n crops (n = B; 0 for `supervised`); target int64 (B, *P), classes or
-    -1 for padding; valid bool (n, *P), less padding. overlaps: n pairs of slices."""
-    def __init__(self, config, split, ids, rank=0):
-        self.config, self.patch = config, np.array(config.patch)
-        self.parts = [split["labelled"], split["unlabelled"]][:1 + (config.method != "supervised")]
-        self.which = range(rank * config.batch, (rank + 1) * config.batch)  # patch g over all ranks
-        self.class_of = np.append(np.searchsorted([0, *ids], range(256)), -1)  # label id -> class
-    def __getitem__(self, step):  # by chance of (seed, step, g) alone: resuming is exact
-        labelled, pairs = [], []  # of pairs A sees the first crop, at odd steps B
-        for g in self.which:
-            rng = np.random.default_rng((self.config.seed, step, g))  # cases alike for all methods
-            cases = [part[int(u * len(part))] for part, u in zip(self.parts, rng.random(2))]
-            labelled.append([self.labelled_patch(cases[0], rng, centred=(step + g) % 2 == 1)] * 2)
-            pairs += [self.unlabelled_pair(case, rng)[::1 - step % 2 * 2] for case in cases[1:]]
-        images = [np.stack([pair[i][0] for pair in labelled + pairs])[:, None] for i in (0, 1)]
-        target, seen = (np.stack([a[1] for a, _ in two]) for two in (labelled, pairs or labelled))
-        tensors = [torch.from_numpy(array) for array in (*images, target, seen >= 0)]  # A's, B's
-        return {"tensors": tensors, "overlaps": [(a[2], b[2]) for a, b in pairs]}
-    def crops(self, case, rng, corners):
-        """The patches at one or two corners: (image float32, classes int64 or -1 outside, overlap),
-        from one box turned as a whole, so that overlaps stay boxes; intensities change apart."""
-        low, high = np.min(corners, axis=0), np.max(corners, axis=0) + self.patch  # the box
-        volume, *label = (np.load(path, mmap_mode="r") for path in case.arrays[:2])
-        label = label[0] if label else np.broadcast_to(np.uint8(0), volume.shape)
-        matrix = spatial_matrix(rng, case.info[:3]) if rng.random() < self.config.spatial else None
-        axes = tuple("xyz".index(a) for a in sorted({*self.config.mirror}) if rng.random() < 0.5)
-        image, label = (np.flip(read_box(array, low, high - low, matrix, outside), axes)
-                        for array, outside in ((volume, 0), (label, -1)))
-        boxes = [tuple(map(slice, corner - low, corner - low + self.patch)) for corner in corners]
-        return [(augment(image[box], rng, self.config.intensity), self.class_of[label[box]], where)
-                for box, where in zip(boxes, overlap_slices(corners[0], corners[-1], self.patch))]
-    def labelled_patch(self, case, rng, centred):
-        """A patch; `centred` on a voxel of a random class, as small organs need it [nnU-Net]."""
-        room = np.maximum(np.load(case.arrays[0], mmap_mode="r").shape - self.patch, 0)
-        corner, points = rng.integers(0, room + 1), np.load(case.arrays[2])
-        if centred and len(points):  # by the label: on unlabelled cases it would be a leak
-            points = points[points[:, 0] == rng.choice(np.unique(points[:, 0]))]
-            corner = np.clip(points[rng.integers(len(points)), 1:] - self.patch // 2, 0, room)
-        return self.crops(case, rng, [corner])[0]
-    def unlabelled_pair(self, case, rng):
-        """Two crops of a volume; of method `cps` they are equal, which is its only difference."""
-        shape = np.load(case.arrays[0], mmap_mode="r").shape
-        corners = overlapping_corners(rng, shape, self.patch, self.config.min_overlap)
-        return self.crops(case, rng, corners[:1] * 2 if self.config.method == "cps" else corners)
 
-# 8. Training: train_step is the heart, the rest is bookkeeping ====================================
+
+class Crop(NamedTuple):
+    """A patch as the networks see it."""
+
+    image: np.ndarray  # float32 (x, y, z)
+    target: np.ndarray  # int16 (x, y, z): class, -1 on padding; without a label, 0 or -1
+    overlap: tuple  # slices that cut it to what it shares with the other crop
+
+
+class Patches(Dataset):
+    """The batches of a training: item i is the batch of step i, a dict.
+
+    labelled: float32 (B, 1, *P); target: int16 (B, *P), a class or -1 on padding. Of the n
+    unlabelled pairs (n = B, or 0 for `supervised`): crops_a and crops_b, float32 (n, 1, *P);
+    valid: bool (n, *P), False where A's crop is padding; overlaps: n pairs of slices, A's and B's.
+    """
+
+    def __init__(self, config, split, ids, rank=0):
+        self.config = config
+        self.patch = np.array(config.patch)
+        self.split = split  # {"labelled": cases, "unlabelled": cases, ...} of section 8
+        self.first = rank * config.batch  # patches are counted over all processes
+        # class_of[label id] is the class; class_of[-1], the last one, keeps padding at -1.
+        self.class_of = np.append(np.searchsorted([0, *ids], range(256)), -1).astype(np.int16)
+
+    def __getitem__(self, step):
+        labelled = []
+        pairs = []
+        for i in range(self.first, self.first + self.config.batch):
+            # All chance comes from (seed, step, i): any step can be made again, alone.
+            rng = np.random.default_rng((self.config.seed, step, i))
+            which, which_unlabelled = rng.random(2)
+
+            case = self.pick("labelled", which)
+            labelled.append(self.labelled_patch(case, rng, centred=(step + i) % 2 == 1))
+
+            if self.config.method != "supervised":
+                case = self.pick("unlabelled", which_unlabelled)
+                crop1, crop2 = self.unlabelled_pair(case, rng)
+                if step % 2 == 0:
+                    pairs.append((crop1, crop2))  # A sees the first, B the second
+                else:
+                    pairs.append((crop2, crop1))
+        return {
+            "labelled": self.stack([crop.image for crop in labelled], np.float32)[:, None],
+            "target": self.stack([crop.target for crop in labelled], np.int16),
+            "crops_a": self.stack([a.image for a, b in pairs], np.float32)[:, None],
+            "crops_b": self.stack([b.image for a, b in pairs], np.float32)[:, None],
+            "valid": self.stack([a.target for a, b in pairs], np.int16) >= 0,
+            "overlaps": [(a.overlap, b.overlap) for a, b in pairs],
+        }
+
+    def stack(self, arrays, dtype):
+        """Tensor (n, *P) of n arrays, also of none."""
+        return torch.from_numpy(np.array(arrays, dtype).reshape(-1, *self.patch))
+
+    def pick(self, part, chance):
+        """A case of a part of the split; chance: 0 to 1."""
+        cases = self.split[part]
+        return cases[int(chance * len(cases))]
+
+    def labelled_patch(self, case, rng, centred):
+        """A patch anywhere, or `centred` on a voxel of a random class, for small organs [nnU-Net].
+
+        Where a label lies is asked of labelled cases only: of others it would be a leak.
+        """
+        shape = case.array("image").shape
+        room = np.maximum(shape - self.patch, 0)
+        corner = rng.integers(0, room + 1)
+        points = case.array("points")  # int32 (n, 4): label id, x, y, z
+        if centred and len(points):
+            label = rng.choice(np.unique(points[:, 0]))
+            points = points[points[:, 0] == label]
+            centre = points[rng.integers(len(points)), 1:]
+            corner = np.clip(centre - self.patch // 2, 0, room)
+        return self.crops(case, rng, [corner])[0]
+
+    def unlabelled_pair(self, case, rng):
+        """Two crops of a volume. Equal ones make plain CPS; their intensities still differ."""
+        shape = case.array("image").shape
+        corner1, corner2 = overlapping_corners(rng, shape, self.patch, self.config.min_overlap)
+        if self.config.method == "cps":
+            corner2 = corner1
+        return self.crops(case, rng, [corner1, corner2])
+
+    def crops(self, case, rng, corners):
+        """The crops at one or two corners of a case, augmented.
+
+        They are cut out of one box that is turned and mirrored as a whole, so that the overlap
+        stays a box; intensities are changed crop by crop.
+        """
+        low = np.min(corners, axis=0)  # the box around them
+        size = np.max(corners, axis=0) + self.patch - low
+        image = case.array("image")
+        if case.label:
+            label = case.array("label")
+        else:
+            label = np.broadcast_to(np.uint8(0), image.shape)  # tells the inside from padding
+
+        matrix = spatial_matrix(rng, case.spacing, self.config.spatial)
+        image = warped_box(image, low, size, matrix, outside=np.float32(0))  # 0 is the mean
+        label = warped_box(label, low, size, matrix, outside=np.int16(-1))
+        for axis, name in enumerate("xyz"):
+            if name in self.config.mirror and rng.random() < 0.5:
+                image = np.flip(image, axis)
+                label = np.flip(label, axis)
+
+        crops = []
+        overlaps = overlap_slices(corners[0], corners[-1], self.patch)
+        for corner, overlap in zip(corners, overlaps):
+            box = tuple(map(slice, corner - low, corner - low + self.patch))
+            changed = augment(image[box], rng, self.config.intensity)
+            crops.append(Crop(changed, self.class_of[label[box]], overlap))
+        return crops
+
+
+# 4. The networks
+# --------------------------------------------------------------------------------------------------
+class Norm(nn.Module):
+    """Instance norm with a weight and a bias for each channel [nnU-Net].
+
+    The same numbers come from instance_norm and from group_norm with groups of one channel. On a
+    CPU the second is faster. On a GPU autocast would run it in fp32 and keep twice the memory.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x):
+        if x.is_cuda:
+            return F.instance_norm(x, weight=self.weight, bias=self.bias, eps=1e-5)
+        return F.group_norm(x, len(self.weight), self.weight, self.bias, eps=1e-5)
+
+
+class Block(nn.Sequential):
+    """Twice convolution, norm, LeakyReLU [nnU-Net]. No bias: the norm would undo it."""
+
+    def __init__(self, c_in, c_out, stride=1):
+        super().__init__(
+            nn.Conv3d(c_in, c_out, 3, stride, padding=1, bias=False),
+            Norm(c_out),
+            nn.LeakyReLU(0.01, inplace=True),
+            nn.Conv3d(c_out, c_out, 3, padding=1, bias=False),
+            Norm(c_out),
+            nn.LeakyReLU(0.01, inplace=True),
+        )
+
+
+class UNet3D(nn.Module):
+    """Plain 3D U-Net [nnU-Net, without deep supervision].
+
+    (B, C, X, Y, Z), sizes divisible by 2^(levels-1), to logits (B, K, X, Y, Z).
+    """
+
+    def __init__(self, num_classes, base_channels, levels, in_channels=1):
+        super().__init__()
+        channels = [min(base_channels * 2**level, 320) for level in range(levels)]
+
+        self.down = nn.ModuleList([Block(in_channels, channels[0])])
+        for finer, coarser in itertools.pairwise(channels):
+            self.down.append(Block(finer, coarser, stride=2))
+
+        self.up = nn.ModuleList()
+        self.merge = nn.ModuleList()
+        for coarser, finer in itertools.pairwise(reversed(channels)):
+            self.up.append(nn.ConvTranspose3d(coarser, finer, 2, stride=2))
+            self.merge.append(Block(2 * finer, finer))
+
+        self.head = nn.Conv3d(channels[0], num_classes, 1)
+
+    def forward(self, x):
+        skips = []
+        for down in self.down:
+            x = down(x)
+            skips.append(x)
+
+        skips.pop()  # of the coarsest level: that is x
+        for up, merge in zip(self.up, self.merge):
+            x = up(x)
+            x = torch.cat((x, skips.pop()), dim=1)
+            x = merge(x)
+
+        return self.head(x)
+
+
+def make_pair(config, num_classes):
+    """Networks A and B: one structure, two random draws of the weights, biases 0 [paper]."""
+    networks = []
+    for number, scheme in enumerate(("he", config.init_b)):
+        with torch.random.fork_rng(devices=[]):  # leaves the caller's generator alone
+            # Of one seed, A and B would begin as one network: nothing to learn from each other.
+            torch.manual_seed(2 * config.seed + number)
+            network = UNet3D(num_classes, config.base_channels, config.levels)
+            for name, parameter in network.named_parameters():  # the norms begin as 1 and 0
+                if parameter.ndim == 5 and scheme == "he":
+                    nn.init.kaiming_normal_(parameter)
+                elif parameter.ndim == 5:
+                    nn.init.xavier_normal_(parameter)
+                elif name.endswith("bias"):
+                    nn.init.zeros_(parameter)
+        networks.append(network)
+    return networks
+
+
+# 5. Training
+# --------------------------------------------------------------------------------------------------
 def train_step(networks, optimisers, batch, lam, config, scaler, autocast):
     """The heart: one optimiser step of A and of B on a batch of `Patches`.
-    Returns float (4,): loss_sup, loss_cps, and on the overlaps the share of voxels on which A and B
-    agree and the share of foreground pseudo labels. All stay on the device: no wait for a GPU."""
-    (*images, target, valid), overlaps = batch["tensors"], batch["overlaps"]
-    with autocast:  # one forward for labelled patches and crops: instance norm keeps them apart
-        logits = [network(image) for network, image in zip(networks, images)]  # (B + n, K, *P)
-    sup = sum(dice_ce_loss(out[:len(target)], target) for out in logits)  # L_sup(A) + L_sup(B)
-    terms = []
-    for i, pair in enumerate(overlaps):
-        a, b = (out[i - len(overlaps), None][(..., *where)] for out, where in zip(logits, pair))
-        seen = valid[i, None][(..., *pair[0])]  # (1, x, y, z); a, b: (1, K, x, y, z)
-        labels, share = torch.stack((pseudo_label(a), pseudo_label(b))), seen / seen.sum().clamp(1)
-        terms.append(torch.stack((cross_pseudo_loss(a, b, seen, config.pseudo_loss == "dice_ce"),
-                                  ((labels[0] == labels[1]) * share).sum(),
-                                  (labels.sign() * share).sum() / 2)))  # shares without padding
-    cps, agreement, foreground = torch.stack(terms).mean(0) if terms else sup.new_zeros(3)
-    loss = sup + lam * cps  # L
-    scaler.scale(loss).backward()  # one backward for both networks: no graph connects them
+
+    Returns float (6,): loss_sup, loss_cps, on the overlaps the share of voxels on which A and B
+    agree and the share of foreground pseudo labels, the mean overlap of the crops, and 1 for a
+    step that counts. All stay on the device: no wait for a GPU.
+    """
+    network_a, network_b = networks
+    target = batch["target"].long()  # (B, x, y, z)
+
+    # One forward for labelled patches and crops: instance norm keeps them apart.
+    with autocast:
+        logits_a = network_a(torch.cat((batch["labelled"], batch["crops_a"])))  # (B + n, K, *P)
+        logits_b = network_b(torch.cat((batch["labelled"], batch["crops_b"])))
+    labelled_a = logits_a[: len(target)]  # (B, K, *P)
+    labelled_b = logits_b[: len(target)]
+    unlabelled_a = logits_a[len(target) :]  # (n, K, *P)
+    unlabelled_b = logits_b[len(target) :]
+
+    # L_sup(A) + L_sup(B): both learn the true labels.
+    sup = dice_ce_loss(labelled_a, target) + dice_ce_loss(labelled_b, target)
+
+    # L_cps: on the overlap of its crops, a pair learns from each other. A mean over the pairs.
+    terms = [sup.new_zeros(4)] if not batch["overlaps"] else []
+    for i, (slices_a, slices_b) in enumerate(batch["overlaps"]):
+        overlap_a = unlabelled_a[i, None][(..., *slices_a)]  # (1, K, x, y, z)
+        overlap_b = unlabelled_b[i, None][(..., *slices_b)]  # the same voxels
+        valid = batch["valid"][i, None][(..., *slices_a)]  # (1, x, y, z)
+        loss = cross_pseudo_loss(overlap_a, overlap_b, valid, config.pseudo_loss == "dice_ce")
+        agreement, foreground = shares(overlap_a, overlap_b, valid)
+        overlap = loss.new_tensor(valid.numel() / target[0].numel())
+        terms.append(torch.stack((loss, agreement, foreground, overlap)))
+    cps, *statistics = torch.stack(terms).mean(0)
+
+    # L, one backward for both networks (no graph connects them), a step of each.
+    loss = sup + lam * cps
+    scaler.scale(loss).backward()
     for network, optimiser in zip(networks, optimisers):
         scaler.unscale_(optimiser)  # the norm is of true gradients
         nn.utils.clip_grad_norm_(network.parameters(), config.grad_clip or inf)
         scaler.step(optimiser)
         optimiser.zero_grad(set_to_none=True)
     scaler.update()
-    return torch.stack((sup, cps, agreement, foreground)).detach()
 
-class Run:
-    """All that changes while training, which is all that a checkpoint holds."""
-    def __init__(self, config, ids):
-        gpu = config.device != "cpu" and torch.cuda.is_available()  # "auto" takes it
-        self.device = torch.device(config.device.replace("auto", "cuda" if gpu else "cpu"))
-        torch.backends.cudnn.benchmark = gpu  # one patch size: the search for kernels pays
-        self.config, self.ids = config, ids
-        self.networks = [n.to(self.device, memory_format=torch.channels_last_3d)
-                         for n in make_pair(config, len(ids) + 1)]
-        self.optimisers = [torch.optim.SGD(n.parameters(), momentum=config.momentum, nesterov=True,
-                                           weight_decay=config.weight_decay) for n in self.networks]
-        amp, bf16 = gpu and config.amp, gpu and torch.cuda.get_device_capability(self.device) > (8,)
-        self.autocast = torch.autocast(self.device.type, [torch.float16, torch.bfloat16][bf16], amp)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp and not bf16)  # fp16 needs
-        self.step, self.best, self.rows, self.sums = 0, -1.0, [], torch.zeros(4, device=self.device)
-    def save(self, name):
-        """Write plain values and tensors, by way of memory: torch hides that a disk is full."""
-        need(self.sums.isfinite().all(), f"{self.config.out}: the loss is not finite; lower --lr")
-        state = {k: getattr(self, k) for k in ("ids", "step", "best", "rows", "sums")}
-        parts = [part.state_dict() for part in (*self.networks, *self.optimisers, self.scaler)]
-        torch.save(state | {"config": asdict(self.config), "parts": parts}, file := io.BytesIO())
-        atomic(Path(self.config.out) / name, Path.write_bytes, file.getbuffer())
-    @classmethod
-    def load(cls, path, **changes):
-        """The run of a checkpoint, some fields of its config changed. Code in it is not run."""
-        with blame(path, "cannot be loaded", "mend that, or give best.pt, last.pt or model.onnx"):
-            if Path(path).suffix == ".onnx":  # by `export`, for inference only
-                import onnxruntime  # optional
-                onnx = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-                config, ids = json.loads(onnx.get_modelmeta().custom_metadata_map["cps"])
-                run = cls(Config(**config | {"device": "cpu"}), ids)
-                run.networks = [lambda x: torch.from_numpy(onnx.run(None, {"image": x.numpy()})[0])]
-                return run
-            need(not zipfile.ZipFile(path).testzip(), "it is damaged")  # torch skips the checksums
-            state = torch.load(path, map_location="cpu", weights_only=True)  # no code of a pickle
-            run = cls(Config(**state.pop("config") | changes), state["ids"])
-            own = (*run.networks, *run.optimisers, run.scaler)
-            for part, saved in zip(own, state.pop("parts"), strict=True):
-                part.load_state_dict(saved or part.state_dict())  # a scaler that was off has none
-            vars(run).update(state, sums=state["sums"].to(run.device))
-            return run
+    row = torch.stack((sup, cps, *statistics, torch.ones_like(sup))).detach()
+    if scaler.is_enabled():  # fp16 overflows now and then: the scaler skips such a step, so do we
+        row = torch.where(loss.isfinite(), row, 0)
+    return row
 
-LOG = ("step", "lr", "lam", "loss_sup", "loss_cps", "agreement", "foreground", "dice", "seconds")
-def train(config: Config):
-    """Train a pair of networks. Returns best_dice, checkpoint, steps, results and more, a dict."""
-    out, last, best = Path(config.out), Path(config.out, "last.pt"), Path(config.out, "best.pt")
-    need(RANK or config.resume or not last.exists(), f"{out}: holds a run; --resume or other --out")
-    distributed.is_initialized() and distributed.barrier()  # the others write only after this check
-    print(*(f"{key}={value}" for key, value in asdict(config).items()), flush=True)
-    split = prepare(split_cases(config), config)  # all is checked before anything is trained
-    points = [np.load(c.arrays[2]) for cases in split.values() for c in cases if c.label]
-    ids = np.unique(np.concatenate(points)[:, 0]).tolist()
-    need(ids, f"{config.data}: all labels are empty; there is nothing to learn")
-    out.mkdir(parents=True, exist_ok=True)
-    with blame(out, "in use by another run", "end it, or change --out"):  # on any system
-        (lock := sqlite3.connect(out / f".lock{RANK}", timeout=0)).execute("BEGIN EXCLUSIVE")
-    with closing(lock):  # even kill -9 ends it
-        names = json.dumps({part: [c.name for c in some] for part, some in split.items()}, indent=1)
-        if not last.exists():  # all processes of torchrun write the same
-            write_text(out / "split.json", names)
-            write_text(out / "config.json", json.dumps(asdict(config), indent=1))
-            write_text(out / "cps.py", Path(__file__).read_text("utf-8"))
-            Run(config, ids).save("last.pt")
-        run = Run.load(last, **{key: getattr(config, key) for key in MAY_CHANGE})
-        other = dict(asdict(config).items() - asdict(run.config).items())
-        if (names, ids) != ((out / "split.json").read_text("utf-8", "replace"), run.ids):
-            other["cases or label ids"] = ids
-        need(not other, f"{last}: begun with other values than {other}; change them or --out")
-        train_loop(run, Patches(config, split, ids, RANK), split["val"])
-        distributed.is_initialized() and distributed.barrier()  # until best.pt is there
-        images = max(Path(config.data).glob("imagesT[rs]"))  # of test cases, if there are any
-        found, part = Run.load(best, device=config.device), "test" if split["test"] else "val"
-        results = validate(found, split[part], tolerance=2.0)
-        print(f"\n{best}: mean Dice {run.best:.4f} on the {len(split['val'])} cases that chose it",
-              f"\n{len(results)} {part} cases:\n{table(results, '2 mm')}" if results else "")
-        try:
-            RANK or figure(run, found, split["val"][:3])
-        except (ImportError, AttributeError):  # absent, or old
-            print(f"no {out}/figure.png: pip install -U matplotlib")
-        print(f"\nNext: python cps.py predict {best} {images} {out}/predictions")
-        return {"checkpoint": str(best), "steps": run.step, "best_dice": run.best,  # of validation
-                "run": found, "test": split["test"], "results": results,  # {case: {id: scores}}
-                "minutes": sum(row[-1] for row in run.rows) * config.epoch_steps / 60}
-def train_loop(run, patches, val):
-    """From the step of `run` to the last; each epoch a row, a checkpoint and maybe validation."""
-    config, sgd, gpu, stop = run.config, run.optimisers, run.device.type == "cuda", []
-    steps = config.epochs * config.epoch_steps
-    def note(number, frame):  # a first signal lets the step end, a second one ends the process
-        stop.append(signal.signal(number, signal.SIG_DFL))  # loader workers inherit it: Ctrl-C too
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)
-              if not distributed.is_initialized()}  # torchrun: one cannot stop alone
-    loader = torch.utils.data.DataLoader(patches, None, sampler=range(run.step, steps),
-                                         num_workers=gpu * config.workers, pin_memory=gpu)
-    print(f"{run.device}, from step {run.step} on\n" + " ".join(f"{k:>9}" for k in LOG), "    left")
-    networks = [torch.compile(net) if config.compile else net for net in run.networks]
-    if distributed.is_initialized():  # averages the gradients of all processes
-        networks = [nn.parallel.DistributedDataParallel(network) for network in networks]
-    start, first = time.monotonic(), run.step
-    try:
-        for batch in loader:
-            batch["tensors"] = [t.to(run.device, non_blocking=True) for t in batch["tensors"]]
-            lam = config.lam * rampup(run.step, config.rampup * steps)
-            lr = config.lr * 0.5 ** (run.step // config.epoch_steps // config.halve_epochs)
-            for optimiser in sgd:
+
+def shares(overlap_a, overlap_b, valid):
+    """Signs of collapse, on an overlap without its padding: the share of voxels on which A and B
+    agree, and the share of foreground in their pseudo labels. Logits (1, K, x, y, z); scalars."""
+    label_a = pseudo_label(overlap_a)  # (1, x, y, z)
+    label_b = pseudo_label(overlap_b)
+    share = valid / valid.sum().clamp(min=1)  # of a voxel
+    agreement = ((label_a == label_b) * share).sum()
+    foreground = ((label_a.sign() + label_b.sign()) * share).sum() / 2
+    return agreement, foreground
+
+
+def train(config):
+    """Train a pair of networks: a new run, or one that goes on where it stopped.
+
+    Returns a dict: best_dice (of validation), checkpoint (a path), steps, results of the test (or
+    validation) cases, and more. Raises KeyboardInterrupt when a signal stopped it, once saved.
+    """
+    with open_run(config) as run:  # data, networks, optimisers: section 12
+        for batch in run.batches():
+            # Schedule
+            epoch = run.step // config.epoch_steps
+            lr = config.lr * 0.5 ** (epoch // config.halve_epochs)
+            for optimiser in run.optimisers:
                 optimiser.param_groups[0]["lr"] = lr
-            run.sums += train_step(networks, sgd, batch, lam, config, run.scaler, run.autocast)
-            run.step += 1  # what a checkpoint calls done
-            progress("step", run.step - first, steps - first, start)
+            lam = config.lam * rampup(run.step, config.rampup * run.steps)
+
+            # Step
+            run.sums += train_step(
+                run.trained, run.optimisers, batch, lam, config, run.scaler, run.autocast
+            )
+            run.step += 1
+
+            # Evaluate, log, save
             if run.step % config.epoch_steps == 0:
-                end_epoch(run, val, lr, lam, steps, start, first)
-                start, first = time.monotonic(), run.step
-            if stop:
+                epoch = run.step // config.epoch_steps
+                score = nan
+                if epoch % config.validate_epochs == 0 or epoch == config.epochs:
+                    score = mean_dice(validate(run, run.split["val"]))
+                run.log(lr, lam, score)
+                if score > run.best:
+                    run.best = score
+                    run.save("best.pt")
+                run.save("last.pt")
+
+            if run.asked_to_stop():
                 run.save("last.pt")
                 raise KeyboardInterrupt(f"step {run.step} is saved; run this again with --resume")
-    finally:
-        list(map(signal.signal, before, before.values()))
-def end_epoch(run, val, lr, lam, steps, start, first):
-    """Validate if it is time, log a row, write last.pt and, if this is the best, best.pt."""
-    if distributed.is_initialized():
-        distributed.all_reduce(run.sums.div_(distributed.get_world_size()))  # the mean of all
-    config, dice, means = run.config, nan, (run.sums / run.config.epoch_steps).tolist()  # waits
-    epoch, seconds = run.step // config.epoch_steps, (time.monotonic() - start) / (run.step - first)
-    if val and means[0] < inf and (epoch % config.validate_epochs == 0 or epoch == config.epochs):
-        dice = float(np.mean([d for c in validate(run, val).values() for d, _ in c.values()]))
-    means[1:] = means[1:] if config.method != "supervised" else [nan] * 3
-    run.rows.append((run.step, lr, lam, *means, dice, seconds))
-    run.sums *= 0  # what is not finite becomes NaN, which is never saved
-    if RANK:
-        return
-    write_text(Path(config.out, "log.csv"), [LOG, *run.rows])  # anew: no gap, no double
-    texts = (f"{round(v, 5):>{max(9, len(name))}}" for name, v in zip(LOG, run.rows[-1]))
-    print(*texts, datetime.timedelta(seconds=int(seconds * (steps - run.step))), flush=True)
-    if dice > run.best or epoch == config.epochs and not val:
-        run.best = dice
-        run.save("best.pt")
-    run.save("last.pt")
-def validate(run, cases, tolerance=None, networks="a"):
-    """{case: {id: (Dice, NSD)}} of prepared cases, on the grid of the cache."""
-    return {case.name: evaluate_case(
-        segment(run, np.load(case.arrays[0], "r"), networks), np.load(case.arrays[1], "r"),
-        case.info[:3], run.ids, tolerance) for case in cases}
 
-# 9. Inference =====================================================================================
+        if not run.path("best.pt").exists():  # no validation cases, or finished early
+            run.best = mean_dice(validate(run, run.split["val"]))
+            run.save("best.pt")
+        return report(run)
+
+
+# 6. Inference
+# --------------------------------------------------------------------------------------------------
 @torch.inference_mode()
-def sliding_window(networks, volume, patch, num_classes, overlap=0.5, device="cpu", flips=((),)):
-    """Classes uint8 (X, Y, Z) of a preprocessed volume of any size, float (X, Y, Z): those of the
-    largest Gaussian-weighted mean softmax over all windows, networks and flips (axes of (B, C, X,
-    Y, Z) to mirror). The last window, or padding, is at the end. Only a slab of the sums exists."""
-    shape = np.maximum(volume.shape, patch)  # with the padding
-    axis = int(np.argmin(np.asarray(patch) / shape))  # across which a slab is smallest
-    starts = [[*range(0, s - p, int(p * (1 - overlap)) or 1), s - p] for s, p in zip(shape, patch)]
-    firsts, starts[axis] = starts[axis], [0]  # along `axis`, corners are counted within the slab
-    x, y, z = (np.exp(-0.5 * ((np.arange(p) - (p - 1) / 2) / (p / 8)) ** 2) for p in patch)  # (p,)
-    weight = torch.tensor(np.einsum("x,y,z->xyz", x, y, z), device=device).float().clamp(1e-3)
-    slab = torch.zeros(num_classes, *np.where(np.arange(3) == axis, patch, shape), device=device)
-    result = torch.zeros(*shape, dtype=torch.uint8)  # the slab's argmax, as far as it is done
-    corners, along = [*itertools.product(*starts)], np.eye(3, dtype=int)[axis]
-    for first, done in zip(firsts, np.diff([*firsts, shape[axis]])):
-        for pair in itertools.zip_longest(corners[::2], corners[1::2], fillvalue=corners[-1]):
-            boxes = [read_box(volume, corner + along * first, patch) for corner in pair]
-            windows = torch.from_numpy(np.stack(boxes)[:, None]).to(device)  # one alone: 5x slower
-            for network, axes in itertools.product(networks, flips):
-                logits = network(windows.flip(axes))  # (2, K, *P); an odd last window came twice
-                for corner, out in dict(zip(pair, logits.flip(axes) if axes else logits)).items():
-                    box = (..., *map(slice, corner, np.add(corner, patch)))
-                    slab[box] += out.float().softmax(0).mul_(weight)
-                del logits, out  # else they stay in memory beside those of the next windows
-        result.narrow(axis, first, done).copy_(slab.narrow(axis + 1, 0, done).argmax(0))
-        for layer in slab.movedim(axis + 1, 1):  # one by one: all at once would take half a slab
-            layer[:-done], layer[-done:] = layer[done:].clone(), 0
-    return result.numpy()[tuple(map(slice, volume.shape))]
-def largest_components(labels):
-    """Keep the largest component (of voxels that share a face) of each label of uint8 (X, Y, Z)."""
-    kept = np.zeros_like(labels)  # uint8 (X, Y, Z)
-    for label, box in [(i, b) for i, b in enumerate(ndimage.find_objects(labels), 1) if b]:
-        parts, _ = ndimage.label(labels[box] == label)
-        kept[box][parts == np.bincount(parts.ravel())[1:].argmax() + 1] = label
-    return kept  # uint8 (X, Y, Z)
-def segment(run, volume, networks="a", largest=True, flips=((),)):
-    """Label ids uint8 (X, Y, Z) of a preprocessed volume: sliding window, largest components."""
-    networks = run.networks[{"a": slice(1), "b": slice(1, 2), "both": slice(2)}[networks]]
-    classes = run.autocast(sliding_window)(  # called within the context
-        networks, volume, run.config.patch, len(run.ids) + 1, device=run.device, flips=flips)
-    return np.array([0, *run.ids], np.uint8)[largest_components(classes) if largest else classes]
-def write_like(labels, scan, path):
-    """Write RAS+ labels uint8 (X, Y, Z) as NIfTI in shape, orientation and geometry of a scan."""
-    header, (axes, sign) = scan.header.copy(), nib.io_orientation(scan.affine).T  # of each axis
-    header["cal_min"] = header["cal_max"] = 0  # the scan's display window; qform, sform stay
-    labels = np.flip(labels.transpose(np.int8(axes)), np.flatnonzero(sign < 0)).reshape(scan.shape)
-    atomic(path, type(scan)(labels, None, header, dtype=np.uint8).to_filename)
-def predict(
-        checkpoint: str,  # best.pt or last.pt of a run, or model.onnx
-        images: str,  # a NIfTI file or a folder of them
-        out: str,  # folder for the segmentations
-        networks: Literal["a", "b", "both"] = "a",  # both: mean softmax, twice the time [CPS: a]
-        tta: bool = False,  # average over mirrored copies, along the axes that were trained with
-        largest: bool = True,  # keep only the largest component of each label [ours]
-        device: str = "auto"):  # cpu, cuda, cuda:1, ...
-    """Segment a scan or the scans of a folder. Returns the exit code: 1 if some could not be."""
-    run = Run.load(checkpoint, device=device)
-    need(networks == "a" or run.networks[1:], f"--networks {networks}: {checkpoint} holds A alone")
-    axes = [2 + "xyz".index(a) for a in sorted({*run.config.mirror})] if tta else []
-    flips = [f for n in range(len(axes) + 1) for f in itertools.combinations(axes, n)]
-    need(axes or not tta, "--tta: the networks were trained without --mirror; leave it out")
-    def one(name, path):
-        need(path.parent.resolve() != Path(out).resolve(), f"{path}: is in OUT_DIR; choose another")
-        volume, spacing, scan = read_scan(path)
-        ids = segment(run, preprocess(volume, spacing, run.config, path), networks, largest, flips)
-        write_like(resample(ids, volume.shape, is_label=True), scan, Path(out) / f"{name}.nii.gz")
-    return for_each("predicting", list_scans(images), one)
+def sliding_window(
+    networks, volume, patch, num_classes, overlap=0.5, device="cpu", shape=None, host_bytes=inf
+):
+    """Segment a preprocessed volume, float (X, Y, Z), of any size: classes, uint8 (X, Y, Z).
 
-# 10. Evaluation ===================================================================================
-FLARE22 = {1: 5, 2: 3, 3: 3, 4: 5, 5: 2, 6: 2, 7: 2, 8: 2, 9: 2, 10: 3, 11: 5, 12: 7, 13: 3}  # mm
-# Code of a corner's 2x2x2 voxels (128 ... 1 in C order): 8 x normals of its triangles, in digits.
-SURFELS = ("1:111 3:220220 6:111111 24:111111 7:400222111 15:400400 22:111111111 23:111222111222 "
-           "25:022022111 27:111333022202 30:400111111222 60:220220220220 105:111111111111")
+    A voxel gets the class of the largest mean softmax, over all windows around it (weighted by a
+    Gaussian) and all networks. shape: size of the result, where it differs: probabilities are
+    interpolated to it, edges aligned. Memory does not grow with the length of the scan: no
+    (K, X, Y, Z) volume exists, only a slab of it, on the host if it is larger than `host_bytes`.
+    """
+    patch = np.asarray(patch)
+    shape = shape or volume.shape
+    axis = int(np.argmin(patch / np.maximum(volume.shape, patch)))  # a slab is smallest across it
+    planes = window_sums(networks, volume, patch, num_classes, overlap, device, axis, host_bytes)
+    resized = tuple(shape) != volume.shape
+
+    result = np.zeros(shape, np.uint8)
+    result_planes = np.moveaxis(result, axis, 0)  # a view
+    # Where the centres of the result's planes lie among those of the volume.
+    position = (np.arange(shape[axis]) + 0.5) * volume.shape[axis] / shape[axis] - 0.5
+    position = np.clip(position, 0, volume.shape[axis] - 1)
+
+    before = None
+    for number, plane in enumerate(planes):  # (K, y, z), if the axis is x
+        if resized:
+            plane = plane / plane.sum(0)  # sums become probabilities
+        if before is None:
+            before = plane
+        for i in np.flatnonzero(np.ceil(position) == number):  # between the last plane and this
+            mixed = torch.lerp(before, plane, float(position[i] - number + 1))
+            if resized:
+                mixed = F.interpolate(mixed[None], result_planes.shape[1:], mode="bilinear")[0]
+            # No division by the sum of the weights: at a voxel, it is the same for all classes.
+            result_planes[i] = mixed.argmax(0).byte().cpu()
+        before = plane
+    return result
+
+
+def window_sums(networks, volume, patch, num_classes, overlap, device, axis, host_bytes):
+    """Yield the weighted softmax sums of a volume plane by plane along an axis: float (K, y, z).
+
+    Windows are visited slab by slab. When the windows of one place along the axis are done, the
+    planes before the next place are finished: they are yielded, and the slab moves on.
+    """
+    padded = np.maximum(volume.shape, patch)  # a smaller volume is padded at its end
+    starts = []  # on each axis: steps of (1 - overlap) of a patch, and the last one at the end
+    for size, width in zip(padded, patch):
+        step = max(1, int(width * (1 - overlap)))
+        starts.append([*range(0, size - width, step), size - width])
+    firsts = starts[axis]
+    starts[axis] = [0]  # along the axis, corners are counted from the start of the slab
+    corners = list(itertools.product(*starts))
+
+    scan = torch.from_numpy(volume).to(device)  # once; windows are cut out there
+    if scan.is_cuda:
+        scan = scan.half()  # as fine as the cache that the networks learned from
+    windows_at_once = 1 if scan.is_cuda else 2  # a CPU takes 2.5 times as long for each one alone
+    weight = gaussian(patch).to(device)  # (x, y, z)
+    slab_shape = [num_classes, *padded]
+    slab_shape[axis + 1] = patch[axis]
+    large = 4 * np.prod(slab_shape, dtype=float) > host_bytes
+    slab = torch.zeros(*slab_shape, device="cpu" if large else device)
+    planes = slab.movedim(axis + 1, 1)  # (K, p, y, z), a view
+
+    for first, following in zip(firsts, [*firsts[1:], padded[axis]]):
+        for i in range(0, len(corners), windows_at_once):
+            some = np.array(corners[i : i + windows_at_once])
+            in_volume = some.copy()
+            in_volume[:, axis] += first
+            windows = torch.stack([cut_window(scan, corner, patch) for corner in in_volume])
+            windows = windows[:, None].expand(windows_at_once, 1, *patch)  # the last: maybe twice
+            for network in networks:
+                logits = network(windows)  # (2, K, *P)
+                for corner, out in zip(some, logits):
+                    box = (..., *map(slice, corner, corner + patch))
+                    slab[box] += out.float().softmax(0).mul_(weight).to(slab.device)
+                del logits, out  # else they stay in memory beside those of the next windows
+
+        done = following - first
+        for i in range(min(done, volume.shape[axis] - first)):  # not the padding
+            inside = [slice(size) for size in np.delete(volume.shape, axis)]
+            yield planes[(slice(None), i, *inside)].clone()
+        for layer in planes:  # class by class: all at once would take half a slab more
+            layer[: patch[axis] - done] = layer[done:].clone()
+            layer[patch[axis] - done :] = 0
+
+
+def cut_window(scan, corner, patch):
+    """The window (x, y, z) of a tensor (X, Y, Z), 0 beyond its end; float32."""
+    box = scan[tuple(map(slice, corner, corner + patch))].float()
+    missing_x, missing_y, missing_z = patch - box.shape
+    return F.pad(box, (0, missing_z, 0, missing_y, 0, missing_x))
+
+
+def gaussian(patch):
+    """Weights (x, y, z) of the voxels of a window: its centre knows most of its surroundings.
+
+    1 at the centre, a standard deviation of an eighth of the patch, at least 0.001 [nnU-Net].
+    """
+    profiles = []
+    for size in patch:
+        offset = np.arange(size) - (size - 1) / 2
+        profiles.append(np.exp(-0.5 * (offset / (size / 8)) ** 2))
+    weight = np.einsum("x,y,z->xyz", *profiles)
+    return torch.tensor(weight).float().clamp(min=1e-3)
+
+
+def largest_components(labels, ids):
+    """Keep only the largest component (of voxels that share a face) of the labels in `ids`.
+
+    labels: uint8 (X, Y, Z); the other labels stay as they are. Returns a new array.
+    """
+    kept = labels.copy()
+    for label, box in enumerate(ndimage.find_objects(labels), start=1):
+        if box is None or label not in ids:
+            continue
+        components, _ = ndimage.label(labels[box] == label)
+        sizes = np.bincount(components.ravel())
+        sizes[0] = 0  # is what has another label
+        kept[box][(components > 0) & (components != sizes.argmax())] = 0
+    return kept
+
+
+def segment(run, volume, shape=None, networks="a", largest=True):
+    """Label ids uint8 of a preprocessed volume (X, Y, Z), on its grid or interpolated to `shape`.
+
+    networks: a [CPS], b, or both: the mean of their softmax. largest: keep one component of the
+    labels that are in one piece in the training labels [ours].
+    """
+    network_a, network_b = run.networks
+    chosen = {"a": [network_a], "b": [network_b], "both": [network_a, network_b]}[networks]
+    with run.autocast:
+        classes = sliding_window(
+            chosen,
+            volume,
+            run.config.patch,
+            len(run.ids) + 1,
+            device=run.device,
+            shape=shape,
+            host_bytes=HOST_BYTES,
+        )
+    labels = np.array([0, *run.ids], np.uint8)[classes]
+    if largest:
+        labels = largest_components(labels, run.one_piece)
+    return labels
+
+
+# 7. Dice
+# --------------------------------------------------------------------------------------------------
 def dice(pred, ref):
     """Dice coefficient of two bool arrays: 1 if both are empty, 0 if one is [FLARE22]."""
     size = np.count_nonzero(pred) + np.count_nonzero(ref)  # voxels
-    return 2 * np.count_nonzero(pred & ref) / size if size else 1.0
-@functools.cache  # of one scan all labels have the same
+    if size == 0:
+        return 1.0
+    return 2 * np.count_nonzero(pred & ref) / size
+
+
+def validate(run, cases):
+    """Dice of network A: a table float (cases, labels), NaN where a case does not hold the label.
+
+    Otherwise a network that has forgotten a rare organ would score 1 in all cases without it.
+    """
+    table = np.full((len(cases), len(run.ids)), nan)
+    for row, case in zip(table, cases):
+        ref = case.array("label")
+        pred = segment(run, case.array("image"))
+        for i, label in enumerate(run.ids):
+            if np.any(ref == label):
+                row[i] = dice(pred == label, ref == label)
+    return table
+
+
+def mean_dice(table):
+    """What chooses the checkpoint: a mean over the cases that hold a label, then over the labels.
+
+    NaN if there is no case. [ours]
+    """
+    means = [column[~np.isnan(column)].mean() for column in table.T if not np.isnan(column).all()]
+    return float(np.mean(means)) if means else nan
+# 10. Surfaces
+# --------------------------------------------------------------------------------------------------
+FLARE22 = {1: 5, 2: 3, 3: 3, 4: 5, 5: 2, 6: 2, 7: 2, 8: 2, 9: 2, 10: 3, 11: 5, 12: 7, 13: 3}  # mm
+FLARE22_TUBES = (5, 6, 10)  # aorta, inferior vena cava, esophagus
+# Code of the 2x2x2 voxels at a corner: the normals of its triangles, times 8, a digit an axis.
+SURFELS = {
+    1: "111",
+    3: "220 220",
+    6: "111 111",
+    7: "400 222 111",
+    15: "400 400",
+    22: "111 111 111",
+    23: "111 222 111 222",
+    24: "111 111",
+    25: "022 022 111",
+    27: "111 333 022 202",
+    30: "400 111 111 222",
+    60: "220 220 220 220",
+    105: "111 111 111 111",
+}
+
+
+class Scores(NamedTuple):
+    """Of one label in one case."""
+
+    dice: float
+    nsd: float  # surface Dice; NaN if not asked for
+    hd95: float  # mm; NaN where prediction or reference is empty
+    held: bool  # the reference holds the label
+
+
+@functools.cache  # all labels of a scan have the same
 def surfel_areas(spacing):
-    """float (256,): mm2 of surface at a voxel corner, by code; spacing in mm (3,). Each code is a
-    mirror, turn or complement of one of SURFELS. Source: google-deepmind/surface-distance."""
-    areas, faces = np.zeros(256), np.roll(spacing, -1) * np.roll(spacing, -2)  # mm2, across an axis
-    turns = itertools.product(itertools.permutations(range(3)), *[(1, -1)] * 3, SURFELS.split())
-    for axes, i, j, k, surfel in turns:
-        code, digits = surfel.split(":")
-        twin = np.unpackbits(np.uint8(code)).reshape(2, 2, 2).transpose(axes)[::i, ::j, ::k]
-        normals = np.reshape([*map(int, digits)], (-1, 3))[:, axes] / 8  # of one to four triangles
-        areas[np.packbits((twin, 1 - twin))] = np.linalg.norm(normals * faces, axis=1).sum()
+    """float (256,): mm2 of surface at a voxel corner, by its code. spacing: a tuple, mm.
+
+    Each code is a mirror, turn or complement of one of SURFELS. [google-deepmind/surface-distance]
+    """
+    areas = np.zeros(256)
+    faces = np.prod(spacing) / np.array(spacing)  # mm2 of a voxel's face, across each axis
+    turns = list(itertools.permutations(range(3)))
+    mirrors = list(itertools.product((1, -1), repeat=3))
+    for code, triangles in SURFELS.items():
+        voxels = np.unpackbits(np.uint8(code)).reshape(2, 2, 2)
+        normals = np.array([list(map(int, digits)) for digits in triangles.split()]) / 8
+        for axes, (i, j, k) in itertools.product(turns, mirrors):
+            twin = voxels.transpose(axes)[::i, ::j, ::k]
+            area = np.linalg.norm(normals[:, axes] * faces, axis=1).sum()
+            areas[np.packbits(twin)] = area
+            areas[np.packbits(1 - twin)] = area
     return areas
+
+
+def corner_codes(mask):
+    """Code uint8 (X+1, Y+1, Z+1) of each voxel corner: 128 to 1, in C order, for its 2x2x2 voxels.
+
+    Between 0 and 255 on the surface of a bool mask (X, Y, Z).
+    """
+    code = np.pad(mask, 1).view(np.uint8)
+    code = code[:, :, :-1] << 1 | code[:, :, 1:]
+    code = code[:, :-1] << 2 | code[:, 1:]
+    return code[:-1] << 4 | code[1:]
+
+
+def surface_distances(pred, ref, spacing):
+    """Distances between the surfaces of two bool arrays (X, Y, Z), neither empty.
+
+    Returns two pairs, for the surface corners of pred and for those of ref: float (n,), mm to the
+    nearest corner of the other surface, and float (n,), mm2 of surface at the corner.
+    """
+    box = ndimage.find_objects((pred | ref).view(np.uint8))[0]  # around both: it is enough
+    codes = [corner_codes(pred[box]), corner_codes(ref[box])]
+    on_surface = [code % 255 > 0 for code in codes]
+    areas = surfel_areas(tuple(spacing))
+
+    pairs = []
+    for code, here, there in zip(codes, on_surface, on_surface[::-1]):
+        distances = np.zeros(code.shape)
+        alone = np.argwhere(here & ~there)  # all others are at a distance of 0
+        corners = np.argwhere(there)
+        tree = spatial.cKDTree(corners * spacing, balanced_tree=False, compact_nodes=False)
+        nearest = tree.query(alone * spacing)[1]
+        # Anew from whole numbers, so that a distance at the tolerance is not rounded beyond it.
+        offsets = (alone - corners[nearest]) * spacing
+        distances[tuple(alone.T)] = np.sqrt((offsets**2).sum(1))
+        pairs.append((distances[here], areas[code[here]]))
+    return pairs
+
+
+def share_within(pairs, tolerance):
+    """The share of the area of both surfaces that is within `tolerance` mm of the other one."""
+    near = sum(areas[distances <= tolerance].sum() for distances, areas in pairs)
+    return float(near / sum(areas.sum() for distances, areas in pairs))
+
+
+def robust_hausdorff(pairs):
+    """mm within which 95 % of each surface's area is: the larger of the two directions."""
+    worst = 0.0
+    for distances, areas in pairs:
+        order = distances.argsort()
+        share = areas[order].cumsum() / areas.sum()
+        index = min(np.searchsorted(share, 0.95), len(order) - 1)
+        worst = max(worst, distances[order][index])
+    return float(worst)
+
+
 def surface_dice(pred, ref, spacing, tolerance):
-    """Surface Dice (NSD) of two bool arrays (X, Y, Z): the share of both surfaces' area within
-    `tolerance` mm of the other one; 1 if both are empty, 0 if one is. spacing: mm, array order."""
+    """Surface Dice (NSD) of two bool arrays (X, Y, Z): 1 if both are empty, 0 if one is.
+
+    spacing: mm, in array order. tolerance: mm. [google-deepmind/surface-distance, FLARE22]
+    """
     if not pred.any() or not ref.any():
         return float(pred.any() == ref.any())
-    box = ndimage.find_objects((pred | ref).view(np.uint8))[0]  # around both: it is enough
-    bits = (128 >> np.arange(8)).reshape(2, 2, 2)  # of the code of the voxels at a corner
-    codes = [ndimage.correlate(np.pad(mask[box], (0, 1)).view(np.uint8), bits, mode="constant")
-             for mask in (pred, ref)]  # uint8 (x+1, y+1, z+1), between 0 and 255 at the surface
-    areas, near, total = surfel_areas(tuple(spacing)), 0.0, 0.0  # (256,), mm2, mm2
-    for code, other in (codes, codes[::-1]):
-        here = code % 255 > 0
-        distance = ndimage.distance_transform_edt(other % 255 == 0, sampling=spacing)[here]  # mm
-        area = areas[code[here]]  # mm2 of each surface corner
-        near, total = near + area[distance <= tolerance].sum(), total + area.sum()
-    return float(near / total)  # mm2 by mm2
-def evaluate_case(pred, ref, spacing, labels, tolerances=None, flare22=False):
-    """{label: (Dice, NSD)} of two integer arrays (X, Y, Z); spacing in mm, array order. tolerances
-    in mm: one, or one a label (dict or sequence); None: NSD is NaN. flare22: challenge's rules."""
+    return share_within(surface_distances(pred, ref, spacing), tolerance)
+
+
+def hausdorff95(pred, ref, spacing):
+    """95 % Hausdorff distance in mm of two bool arrays (X, Y, Z), weighted by surface area.
+
+    NaN if one is empty. spacing: mm, in array order. [google-deepmind/surface-distance]
+    """
+    if not pred.any() or not ref.any():
+        return nan
+    return robust_hausdorff(surface_distances(pred, ref, spacing))
+
+
+def evaluate_case(pred, ref, spacing, labels=None, tolerances=None, flare22=False):
+    """{label: Scores} of two integer arrays (X, Y, Z), 0 to 255. spacing: mm, in array order.
+
+    labels: None for those that are there. tolerances: mm, one for all or a dict or sequence; None:
+    Dice alone. flare22: the rules of the challenge, but a tube on one slice is scored, no crash.
+    """
+    both = np.stack((pred, ref)).astype(np.uint8, copy=False)
+    boxes = ndimage.find_objects(both, 255)  # around a label in both; None: it is in neither
+    if labels is None:
+        labels = [label for label, box in enumerate(boxes, start=1) if box]
     if not isinstance(tolerances, dict):
         tolerances = dict(zip(labels, np.broadcast_to(tolerances, len(labels))))
-    both, results = np.stack((pred, ref)).astype(np.uint8, copy=False), {}  # (2, X, Y, Z)
-    boxes = ndimage.find_objects(both, 255)  # four slices around each label; None: not there
+
+    results = {}
     for label in labels:
-        p, r = both[(..., *(boxes[label - 1] or ())[1:])] == label  # in the box of both
-        if flare22 and label in (5, 6, 10) and r.any():  # tubes: without the reference's last
-            z = np.flatnonzero(r.any((0, 1)))  # slice, but a single slice is kept
-            p, r = (mask[..., z[0]:max(z[-1], z[0] + 1)] for mask in (p, r))
-        d, t = dice(p, r), tolerances[label]
-        nsd = nan if t is None else 0.0 if flare22 and d < 0.2 else surface_dice(p, r, spacing, t)
-        results[label] = (round(d, 4), round(nsd, 4)) if flare22 else (d, nsd)  # 4 digits
+        tolerance = tolerances[label]
+        box = boxes[label - 1]
+        if box is None:
+            results[label] = Scores(1.0, nan if tolerance is None else 1.0, nan, False)
+            continue
+        p, r = both[(..., *box[1:])] == label  # bool, cut to the box
+        held = bool(r.any())
+        if flare22 and held and label in FLARE22_TUBES:
+            z = np.flatnonzero(r.any((0, 1)))
+            slices = slice(z[0], max(z[-1], z[0] + 1))  # the challenge drops the last slice
+            p = p[:, :, slices]
+            r = r[:, :, slices]
+
+        overlap = dice(p, r)
+        nsd = float(p.any() == r.any())
+        hd95 = nan
+        if tolerance is None:
+            nsd = nan
+        elif p.any() and r.any():
+            pairs = surface_distances(p, r, spacing)
+            nsd = share_within(pairs, tolerance)
+            hd95 = robust_hausdorff(pairs)
+        if flare22:
+            nsd = 0.0 if overlap < 0.2 else float(np.round(nsd, 4))
+            overlap = float(np.round(overlap, 4))
+        results[label] = Scores(overlap, nsd, hd95, held)
     return results
+
+
 def markdown(rows):
     """Text of a Markdown table; the first row is the head."""
-    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
-def table(results, tolerance):
-    """Markdown table of {case: {label: (Dice, NSD)}}: mean +- sd over the cases, a row a label."""
-    scores = np.array([[*c.values(), np.mean([*c.values()], axis=0)] for c in results.values()])
-    rows = zip([*next(iter(results.values())), "mean"], scores.mean(0), scores.std(0))
-    return markdown([("label", "Dice", f"NSD ({tolerance})"), *(
-        (name, *map("{:.4f} +- {:.4f}".format, mean, sd)) for name, mean, sd in rows)])
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    lines.insert(1, "|---" * len(rows[0]) + "|")
+    return "\n".join(lines)
+
+
+def spread(values, digits=4):
+    """Text of mean +- sd of some numbers, NaN left out."""
+    known = np.array(values)[np.isfinite(values)]
+    if len(known) == 0:
+        return "-"
+    text = f"{known.mean():.{digits}f}"
+    if len(known) > 1:
+        text += f" +- {known.std(ddof=1):.{digits}f}"
+    return text
+
+
+def table(results, head="2 mm", flare22=False):
+    """Markdown of {case: {label: Scores}}: a row a label, over the n cases that hold the label.
+
+    head: what the NSD is of. flare22: Dice and NSD over all cases, as in the challenge. Last the mean over the labels.
+    """
+    scores = np.array([list(case.values()) for case in results.values()])  # (cases, labels, 4)
+    held = scores[:, :, 3] > 0
+    if not flare22:
+        scores[~held] = nan
+
+    rows = [("label", "n", "Dice", f"NSD ({head})", "HD95 mm")]
+    for i, label in enumerate(next(iter(results.values()))):
+        dices, nsds, distances, _ = scores[:, i].T
+        n = np.count_nonzero(held[:, i])
+        defined = np.count_nonzero(np.isfinite(distances))
+        text = spread(distances, 2)
+        if 0 < defined != n:
+            text += f" (n = {defined})"
+        rows.append((label, n, spread(dices), spread(nsds), text))
+    means = [mean_dice(scores[:, :, column]) for column in range(3)]
+    rows.append(("mean", "", f"{means[0]:.4f}", f"{means[1]:.4f}", f"{means[2]:.2f}"))
+    return markdown(rows)
+
+
+# 11. Phantom
+# --------------------------------------------------------------------------------------------------
+BODY = (  # no label; centre and radii in % of half the width, HU
+    ((0, 0, 0), (100, 90, 400), -90),  # fat
+    ((0, 0, 0), (90, 80, 400), 45),  # muscle
+    ((0, -60, 0), (16, 18, 300), 350),  # spine
+    ((-30, 42, 35), (30, 28, 36), 70),  # stomach
+)
+ORGANS = (  # labels 1 to 5
+    ((42, 16, 42), (42, 50, 50), 110),  # liver
+    ((-58, -14, 42), (26, 34, 42), 130),  # spleen
+    ((40, -34, -50), (24, 24, 40), 170),  # right kidney: only its place tells it from the left one
+    ((-40, -34, -50), (24, 24, 40), 170),  # left kidney
+    ((0, -20, 0), (14, 14, 300), 195),  # aorta
+)
+
+
+def phantom_volume(rng, shape=(48, 48, 40)):
+    """A body in RAS+, each another: image float (X, Y, Z) in HU and label uint8 (X, Y, Z)."""
+    axes = [np.linspace(-1.1, 1.1, n) for n in shape]
+    grid = np.stack(np.meshgrid(*axes, indexing="ij"))  # (3, X, Y, Z)
+    for coordinate in grid:  # a smooth random displacement: no outline is an ellipsoid
+        size = rng.uniform(1.3, 3.7)
+        coordinate += size * ndimage.gaussian_filter(rng.standard_normal(shape), 5)
+
+    image = np.full(shape, -1000.0)  # air
+    label = np.zeros(shape, np.uint8)
+    phase = rng.uniform(0.8, 1.2)  # of the contrast agent
+    for number, (centre, radii, hu) in enumerate(BODY + ORGANS, start=1 - len(BODY)):
+        shift = rng.uniform(-0.06, 0.06, 3)
+        centre = np.divide(centre, 100)
+        radii = np.divide(radii, 100)
+        if number > -2:  # neither fat nor muscle
+            centre += shift
+            radii *= rng.uniform(0.9, 1.1, 3)
+        parts = [((g - c) / r) ** 2 for g, c, r in zip(grid, centre, radii)]
+        inside = sum(parts) < 1  # of an ellipsoid
+        image[inside] = hu * phase * rng.uniform(0.95, 1.05)
+        label[inside] = max(0, number)
+
+    image = ndimage.gaussian_filter(image, rng.uniform(0.4, 0.8))  # the scanner
+    image += rng.uniform(-10, 10)
+    noise = rng.uniform(10, 30)
+    return image + rng.normal(0, noise, shape), label
+
+
+def make_phantom(folder):
+    """Write what is missing of it: 12 labelled (Tr), 24 unlabelled (Un), 4 test cases (Ts)."""
+    for group, (part, count) in enumerate((("Tr", 12), ("Un", 24), ("Ts", 4))):
+        for number in range(count):
+            name = f"phantom{part}{number:02}.nii.gz"
+            image, label = phantom_volume(np.random.default_rng((group, number)))
+            write_phantom(image, Path(folder, f"images{part}", name))
+            if part != "Un":
+                write_phantom(label, Path(folder, f"labels{part}", name))
+
+
+def write_phantom(volume, path):
+    """Write a volume of it, unless the file is there."""
+    if not path.exists():
+        volume = volume[::-1, ::-1].round().astype(np.int16)  # LPS: never RAS+ by luck
+        atomic(path, nib.Nifti1Image(volume, np.diag((-6, -6, 6, 1))).to_filename)
 def evaluate(
-        predictions: str,  # a NIfTI file or a folder of them
-        references: str,  # the same; cases of two folders go together by name
-        flare22: bool = False,  # organs, tolerances and rules of the challenge
-        tolerance: float = 2.0,  # of the surface Dice, in mm
-        csv: str = ""):  # also write the scores of each case to this file
-    """Dice and surface Dice of segmentations. Returns the exit code."""
-    known, found, results = list_scans(references), list_scans(predictions), {}
-    found |= {} if any(map(os.path.isdir, (predictions, references))) else {min(known): predictions}
-    def one(name, path):
-        ref, _, scan = read_scan(path, is_label=True, canonical=False)
-        if name not in found:  # the challenge's own code would leave the case out
-            print(f"warning: {name}: no prediction, counted as empty", file=sys.stderr)
-        pred = read_scan(found[name], True, False, scan)[0] if name in found else np.zeros_like(ref)
-        mm = FLARE22 if flare22 else {int(i): tolerance for i in np.union1d(pred, ref) if i}
-        results[name] = evaluate_case(pred, ref, scan.header.get_zooms()[:3], mm, mm, flare22)
-    code = for_each("evaluating", known, one)
-    ids = sorted(set().union(*results.values())) or [1]  # of a label in neither file: 1, 1
-    results = {c: {i: scores.get(i, (1.0, 1.0)) for i in ids} for c, scores in results.items()}
-    print(table(results, "FLARE22" if flare22 else f"{tolerance:g} mm") if results else "")
-    if csv:
-        rows = [(case, i, *scores[i]) for case, scores in results.items() for i in ids]
-        write_text(csv, [("case", "label", "dice", "nsd"), *rows])
+    predictions: str,  # a NIfTI file or a folder of them
+    references: str,  # the same; cases of two folders go together by name
+    flare22: bool = False,  # organs, tolerances and rules of the challenge
+    tolerance: float = 2.0,  # of the surface Dice, in mm
+    csv_file: str = "",  # also write the scores of each case to this file
+):
+    """Dice, surface Dice and HD95 of segmentations. Returns the exit code.
+
+    A prediction that is missing or refused counts as empty: the challenge's code leaves it out.
+    """
+    need(0 < tolerance < inf, f"--tolerance {tolerance}: must be a number of mm above 0")
+    known = list_scans(references)
+    found = list_scans(predictions)
+    if Path(predictions).is_file() and Path(references).is_file():
+        found = dict(zip(known, found.values()))  # two files always go together
+
+    missing = sorted(known.keys() - found.keys())
+    surplus = sorted(found.keys() - known.keys())
+    common = len(known) > len(missing)
+    need(common, f"{predictions}: {surplus[:3]} pair with none of {missing[:3]}; rename them")
+    if surplus:
+        warn(f"{predictions}: no reference for {surplus[:5]}, {len(surplus)} in all; not counted")
+    if missing:
+        warn(f"{predictions}: no prediction for {missing[:5]}, {len(missing)} in all; empty")
+
+    results = {}
+    empty = set(missing)
+    labels = FLARE22 if flare22 else None
+    tolerances = FLARE22 if flare22 else tolerance
+
+    def score(name, path):
+        ref, spacing, scan = read_scan(path, is_label=True, canonical=False)
+        pred = np.zeros_like(ref)
+        try:
+            if name in found:
+                empty.add(name)
+                pred = read_scan(found[name], is_label=True, canonical=False, like=scan)[0]
+                empty.discard(name)
+        finally:  # a refused one is an error, but has its row
+            results[name] = evaluate_case(pred, ref, spacing, labels, tolerances, flare22)
+
+    code = for_each("evaluating", known, score)
+    if not results:
+        return code
+    ids = sorted(set().union(*results.values())) or [1]
+    absent = Scores(1.0, 1.0, nan, False)  # in neither file of a case
+    for name, scores in results.items():
+        results[name] = {label: scores.get(label, absent) for label in ids}
+    print(table(results, "FLARE22" if flare22 else f"{tolerance:g} mm", flare22))
+    if empty:
+        print(f"{len(empty)} of {len(results)} predictions missing or refused: counted as empty")
+
+    if csv_file:
+        write_csv(csv_file, [("case", "label", *Scores._fields), *score_rows(results)])
     return code
 
-# 11. Reports ======================================================================================
+
+def score_rows(results):
+    """Rows (case, label, dice, nsd, hd95, held) of {case: {label: Scores}}."""
+    rows = []
+    for name, scores in results.items():
+        for label, numbers in scores.items():
+            rows.append((name, label, *numbers[:3], int(numbers.held)))
+    return rows
+
+
+def write_csv(path, rows):
+    """Write rows, the first one the head, as CSV."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    atomic(path, Path.write_text, text.getvalue(), "utf-8")
+
+
+def test_scores(run, cases, networks="a", tolerance=2.0):
+    """{case name: {id: Scores}}, on the grids of the scans, against the label files themselves."""
+    results = {}
+    for case in cases:
+        ref, spacing, _ = read_scan(case.label, is_label=True)
+        pred = segment(run, case.array("image"), ref.shape, networks)
+        results[case.name] = evaluate_case(pred, ref, spacing, run.ids, tolerance)
+    return results
+
+
+def ablate(
+    config: Config,
+    labelled: tuple[int, ...] = (2,),  # numbers of labelled cases to compare at
+    seeds: int = 3,  # runs of an arm, from --seed on: other weights, patches, labelled cases
+):
+    """Compare supervised, plain CPS, context CPS and an upper bound, all labels, at equal steps.
+
+    Writes ablation.csv and ablation.md into --out. What is done is not done again.
+    """
+    need(seeds > 0, f"--seeds {seeds}: must be 1 or more")
+    need(min(labelled) > 0, f"--labelled {min(labelled)}: must be 1 or more")
+    need(config.method == "context", "--method: ablate compares all of them; leave it out")
+    arms = list(itertools.product(labelled, ("supervised", "cps", "context")))
+    arms.append((0, "supervised"))
+
+    # All splits are prepared and compared before the first run.
+    config = replace(config, resume=True)
+    if not split_cases(replace(config, method="supervised", labelled=0))["test"]:
+        config = replace(config, test=config.val)
+    runs = []
+    for (number, method), seed in itertools.product(arms, range(config.seed, config.seed + seeds)):
+        out = Path(config.out) / f"{method}-{number or 'all'}-{seed}"
+        own = replace(config, method=method, labelled=number, seed=seed, out=str(out))
+        runs.append((own, prepare(split_cases(own), own)))
+    ids = label_ids(runs[0][1])
+    tests = runs[0][1]["test"]
+    need(tests, "--test 0: ablate scores test cases, and there are none; give a number of them")
+    for own, split in runs:
+        same = label_ids(split) == ids
+        need(
+            same, f"--labelled: seed {own.seed} has other labels than {ids}; raise it or drop some"
+        )
+
+    found = {}  # {(method, number): the rows of its runs}
+    rows = [("method", "labelled", "seed", *SCORE_COLUMNS)]
+    for own, split in runs:
+        scores = run_scores(own, split)
+        found.setdefault((own.method, own.labelled), []).append(scores)
+        rows += [(own.method, own.labelled, own.seed, *row.values()) for row in scores]
+    write_csv(Path(config.out) / "ablation.csv", rows)
+
+    text = ablation_table(found, (seeds, 2, len(tests), len(ids)), ids)
+    atomic(Path(config.out) / "ablation.md", Path.write_text, text + "\n", "utf-8")
+    print(f"\n{config.out}/ablation.md, {len(tests)} test cases:\n{text}")
+    return 0
+
+
+SCORE_COLUMNS = ("key", "minutes", "networks", "case", "label", *Scores._fields)
+
+
+def run_scores(config, split):
+    """Train a run and test it, or read what it scored: the rows of its scores.csv, dicts of text.
+
+    First those of network A, then those of the mean of both.
+    """
+    path = Path(config.out) / "scores.csv"
+    settings = replace(config, data="", out="", device="auto")
+    key = str(zlib.crc32(repr((settings, fingerprint(split))).encode()))
+    rows = read_csv(path) if path.exists() else []
+    if not rows or rows[0].get("key") != key:
+        done = train(config)
+        both = test_scores(done["run"], split["test"], "both")
+        rows = [SCORE_COLUMNS]
+        for networks, results in (("a", done["results"]), ("both", both)):
+            rows += [(key, done["minutes"], networks, *row) for row in score_rows(results)]
+        write_csv(path, rows)
+    return read_csv(path)
+
+
+def read_csv(path):
+    """The rows of a CSV file, each a dict of text."""
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def ablation_table(found, shape, ids):
+    """Markdown of {(method, number): rows of its runs}; shape: seeds, 2, cases, labels."""
+    columns = ("method", "labels", "runs", "Dice of A", "HD95 of A, mm", "Dice of A and B")
+    rows = [(*columns, *(f"A, label {label}" for label in ids), "gain of A [95 %]", "minutes")]
+    for (method, number), runs in found.items():
+        dices = score_array(runs, "dice", shape)
+        distances = score_array(runs, "hd95", shape)
+        row = ["upper bound", "all"] if number == 0 else [method, number]
+        row.append(len(runs))
+        row.append(spread([mean_dice(table) for table in dices[:, 0]]))
+        row.append(spread([mean_dice(table) for table in distances[:, 0]], 2))
+        row.append(spread([mean_dice(table) for table in dices[:, 1]]))
+        for i in range(len(ids)):
+            row.append(spread([mean_dice(table[:, [i]]) for table in dices[:, 0]]))
+        if method == "supervised":
+            row.append("")
+        else:
+            base = score_array(found["supervised", number], "dice", shape)
+            row.append(gain_text(dices[:, 0] - base[:, 0]))
+        row.append(f"{np.mean([float(rows[0]['minutes']) for rows in runs]):.1f}")
+        rows.append(row)
+    return markdown(rows)
+
+
+def score_array(runs, column, shape):
+    """A column of the rows of some runs as float (seeds, 2, cases, labels): A's, then of both.
+
+    NaN where the case does not hold the label.
+    """
+    rows = itertools.chain(*runs)
+    values = [float(row[column]) if row["held"] == "1" else nan for row in rows]
+    return np.reshape(values, shape)
+
+
+def gain_text(gain):
+    """Mean of paired gains (seeds, cases, labels), and its 95 % interval, by a two-way bootstrap.
+
+    Seeds and cases are both drawn anew, 10 000 times; not where there is one of either.
+    """
+    text = f"{mean_dice(gain.mean(0)):+.4f}"
+    seeds, cases, _ = gain.shape
+    if min(seeds, cases) == 1:
+        return text
+    rng = np.random.default_rng(0)
+    seed_counts = rng.multinomial(seeds, np.full(seeds, 1 / seeds), 10_000)  # how often each came
+    case_counts = rng.multinomial(cases, np.full(cases, 1 / cases), 10_000)
+    held = np.isfinite(gain[0])  # (cases, labels)
+    sums = np.einsum("ds,dc,scl->dl", seed_counts, case_counts, np.nan_to_num(gain))
+    counts = seeds * case_counts @ held  # (draws, labels)
+    means = np.divide(sums, counts, out=np.full(sums.shape, nan), where=counts > 0)
+    low, high = np.nanpercentile(np.nanmean(means, axis=1), (2.5, 97.5))
+    return f"{text} [{low:+.4f}, {high:+.4f}]"
+
+
+# Okabe and Ito's colours, which the colour-blind tell apart.
+LABEL_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#CC79A7")
+DIFFER = "#D55E00"  # where A and B do
+
+
 def figure(run, best, cases):
-    """Write figure.png: the curves of the log, and of some cases the slice with most foreground."""
+    """Write figure.png: the method on one volume, the curves of the log, some cases."""
     from matplotlib.figure import Figure  # optional
-    heights, log = [3, *[2.3] * len(cases)], np.array(run.rows)  # inches; (epochs, len(LOG))
-    page = Figure((10, sum(heights)), dpi=150, layout="constrained")
-    top, *below = page.subfigures(len(heights), squeeze=False, height_ratios=heights)[:, 0]
-    for axes, columns in zip(top.subplots(1, 3), ((3, 4), (5, 6), (7,))):
-        for i, style in zip(columns, ("o-", "x--")):
-            known = log[np.isfinite(log[:, i])]  # Dice is not of each epoch
-            axes.plot(known[:, 0], known[:, i], style, markersize=3, label=LOG[i])
-        axes.set_xlabel("step")
-        axes.legend()
-    for part, case in zip(below, cases):
-        image, label, _ = (np.load(path, mmap_mode="r") for path in case.arrays)
-        z = np.count_nonzero(label, (0, 1)).argmax()
-        a, b = (segment(best, image, network) for network in "ab")
-        view = {"origin": "lower", "aspect": case.info[1] / case.info[0]}  # x to the right
-        titles = case.name[:20], "reference", "A", "B", "A != B"  # longer names would overlap
-        for ax, name, ids in zip(part.subplots(1, 5), titles, (0 * a, label, a, b, (a != b) * 255)):
-            ax.imshow(image[:, :, z].T.astype(float), "gray", **view)
-            over = np.ma.masked_equal(ids[:, :, z].T, 0)
-            drawn = ax.imshow(over, "viridis", vmin=0, vmax=max(run.ids), **view)
-            ax.set(title=name, xticks=[], yticks=[])
-        part.colorbar(drawn, ax=part.axes, ticks=run.ids, label="label")
-    atomic(f"{run.config.out}/figure.png", page.savefig)
-def export(
-        checkpoint: str,  # best.pt or last.pt of a run
-        out: str):  # the file to write, model.onnx
-    """Write network A as ONNX, for batches of any size, with all that `predict` needs. Returns the
-    exit code: 1 if its logits differ from PyTorch's by more than 1e-3."""
-    need(Path(checkpoint).suffix != Path(out).suffix == ".onnx", f"{out}: want .pt and .onnx names")
+
+    shown = (run.split["unlabelled"] or cases)[:1]
+    heights = [3.2] * len(shown) + [2.8] + [2.9] * len(cases)  # inches
+    page = Figure((13, sum(heights)), dpi=150, layout="constrained")
+    parts = page.subfigures(len(heights), squeeze=False, height_ratios=heights)[:, 0]
+    for part, case in zip(parts, shown):
+        draw_method(part.subplots(1, 5), best, case)
+    draw_log(parts[len(shown)].subplots(1, 3), run.rows)
+    for part, case in zip(parts[len(shown) + 1 :], cases):
+        draw_case(part.subplots(1, 5), best, case)
+    atomic(run.path("figure.png"), page.savefig)
+
+
+def draw_log(axes, rows):
+    """The curves of the log: the losses, the signs of collapse, Dice."""
+    log = dict(zip(LOG, np.reshape(rows, (-1, len(LOG))).T))
+    columns = (("loss_sup", "loss_cps"), ("agreement", "foreground", "overlap"), ("dice",))
+    for ax, names in zip(axes, columns):
+        for name, style in zip(names, ("o-", "x--", "s:")):
+            known = np.isfinite(log[name])  # Dice is not of each epoch
+            ax.plot(log["step"][known], log[name][known], style, markersize=3, label=name)
+        ax.set_xlabel("step")
+        ax.legend()
+
+
+@torch.inference_mode()
+def draw_method(axes, run, case):
+    """Both crops of a volume, what A says on the one, B on the other, and both on the overlap."""
+    from matplotlib import patches
+
+    image = case.array("image")
+    patch = np.array(run.config.patch)
+    rng = np.random.default_rng(0)
+    corners = overlapping_corners(rng, image.shape, patch, run.config.min_overlap)
+    crops = []
+    labels = []
+    for network, corner in zip(run.networks, corners):
+        crop = cut_box(image, corner, patch, outside=np.float32(0))
+        with run.autocast:
+            logits = network(torch.from_numpy(crop)[None, None].to(run.device))
+        classes = pseudo_label(logits)[0].cpu().numpy()
+        crops.append(crop)
+        labels.append(np.array([0, *run.ids])[classes])
+
+    # The slice of the overlap with most foreground, in voxels of the volume.
+    slices_a, slices_b = overlap_slices(*corners, patch)
+    a = labels[0][slices_a]
+    b = labels[1][slices_b]
+    plane = np.count_nonzero(a + b, (0, 1)).argmax()
+    z = plane + max(corners[0][2], corners[1][2])
+
+    draw(axes[0], case, image[:, :, z], f"{case.name[:12]}: crops of A and B")
+    for corner, style, name in zip(corners, ("-", "--"), "AB"):
+        box = patches.Rectangle(corner[:2] - 0.5, *patch[:2], fill=False, ls=style, color="w", lw=2)
+        axes[0].add_patch(box)
+        axes[0].text(*corner[:2] + patch[:2] / 2, name)
+    for i in range(2):
+        inside = z - corners[i][2]
+        overlay = colours(run.ids, labels[i][:, :, inside])
+        draw(axes[1 + i], case, crops[i][:, :, inside], f"{'AB'[i]} says on its crop", overlay)
+    overlay = colours(run.ids, a[:, :, plane], a[:, :, plane] != b[:, :, plane])
+    draw(axes[3], case, crops[0][slices_a][:, :, plane], "overlap: agree, differ", overlay)
+
+    handles = [patches.Patch(color=DIFFER, label="A != B")]
+    for i, label in enumerate(run.ids):
+        colour = LABEL_COLOURS[i % len(LABEL_COLOURS)]
+        handles.append(patches.Patch(color=colour, label=f"label {label}"))
+    axes[4].axis("off")
+    axes[4].legend(handles=handles, loc="center", ncols=1 + len(handles) // 9)
+
+
+def draw_case(axes, run, case):
+    """Of a validation case the slice with most foreground: image, reference, A, B, A != B."""
+    label = case.array("label")
+    z = np.count_nonzero(label, (0, 1)).argmax()
+    image = case.array("image")[:, :, z]
+    a = segment(run, case.array("image"), networks="a")[:, :, z]
+    b = segment(run, case.array("image"), networks="b")[:, :, z]
+    draw(axes[0], case, image, case.name[:20])  # a longer name would overlap
+    draw(axes[1], case, image, "reference", colours(run.ids, label[:, :, z]))
+    draw(axes[2], case, image, "A", colours(run.ids, a))
+    draw(axes[3], case, image, "B", colours(run.ids, b))
+    draw(axes[4], case, image, "A != B", colours(run.ids, 0 * a, a != b))
+
+
+def colours(ids, labels, differ=False):
+    """RGBA (x, y, 4) of label ids (x, y): nothing on background, DIFFER where A and B do."""
+    from matplotlib.colors import to_rgba
+
+    overlay = np.zeros((*labels.shape, 4))
+    for i, label in enumerate(ids):
+        overlay[labels == label] = to_rgba(LABEL_COLOURS[i % len(LABEL_COLOURS)], 0.7)
+    overlay[differ] = to_rgba(DIFFER)
+    return overlay
+
+
+def draw(ax, case, image, title, overlay=None):
+    """A slice (x, y) as radiologists see it: the patient's right at the left, the front above."""
+    view = {"origin": "lower", "aspect": case.spacing[1] / case.spacing[0]}
+    ax.imshow(image.T.astype(float), "gray", **view)
+    if overlay is not None:
+        ax.imshow(overlay.swapaxes(0, 1), interpolation="nearest", **view)
+    ax.invert_xaxis()
+    ax.set_title(title, parse_math=False)
+    ax.set(xticks=[], yticks=[])
+    for x, letter in ((0.02, "R"), (0.92, "L")):
+        ax.text(x, 0.5, letter, color="w", transform=ax.transAxes)
+
+
+def predict(checkpoint, images, out, networks="a", largest=True, device="auto", efficiency=""):
+    """Segment a scan, or the scans of a folder. Returns the exit code: 1 if some could not be.
+
+    out: a folder, or for one scan the .nii or .nii.gz file to write. networks: a, b or both.
+    efficiency: a CSV file for time, memory and processor use of each case, as FLARE22 counts.
+    """
+    run = Run.load(checkpoint, device=device)
+    scans = list_scans(images, images=True)
+    out = Path(out)
+    to_file = is_nifti(out) and not out.is_dir()
+    need(not to_file or Path(images).is_file(), f"{out}: several scans want a folder, not a file")
+    rows = [("case", "seconds", "peak_mib", "auc_memory_mib_s", "auc_cpu_percent_s")]
+
+    def one(name, path):
+        target = out if to_file else out / f"{name}.nii.gz"
+        same = target.resolve() == path.resolve() or path.parent.resolve() == out.resolve()
+        need(not same, f"{path}: is in OUT_DIR; choose another")
+        with Meter(run.device) as meter:
+            volume, spacing, scan = read_scan(path)
+            shape = volume.shape
+            volume = preprocess(volume, spacing, run.config, path)
+            write_like(segment(run, volume, shape, networks, largest), scan, target)
+        rows.append((name, *meter.figures()))
+
+    code = for_each("predicting", scans, one)
+    if efficiency:
+        write_csv(efficiency, rows)
+    return code
+
+
+class Meter:
+    """Samples the machine each 0.1 s while a block runs [FLARE22: Evaluation]."""
+
+    def __init__(self, device):
+        self.gpu = device if device.type == "cuda" else None
+        self.memory = []  # MiB of the whole card in use
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self.sample, daemon=True)
+
+    def sample(self):
+        """Until the block ends; a processor's use needs no samples, its area is all time used."""
+        while not self.done.wait(0.1):
+            if self.gpu:
+                free, total = torch.cuda.mem_get_info(self.gpu)
+                self.memory.append((total - free) / 2**20)
+
+    def __enter__(self):
+        self.start = time.monotonic()
+        self.cpu_start = time.process_time()
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.done.set()
+        self.thread.join()
+        self.seconds = time.monotonic() - self.start
+        self.cpu_seconds = time.process_time() - self.cpu_start
+
+    def figures(self):
+        """Seconds, peak MiB, MiB s, and % s of all logical cores; no memory without a GPU."""
+        cpu = 100 * self.cpu_seconds / os.cpu_count()
+        if not self.memory:
+            return f"{self.seconds:.2f}", "", "", f"{cpu:.1f}"
+        peak = max(self.memory)
+        area = sum(self.memory) * 0.1
+        return f"{self.seconds:.2f}", f"{peak:.0f}", f"{area:.1f}", f"{cpu:.1f}"
+
+
+def export(checkpoint, out):
+    """Write network A as ONNX, for batches of any size, and check it against PyTorch.
+
+    Returns the exit code: 1 if a logit differs by more than 1e-3. The settings that it needs (clip,
+    spacing, patch, label ids) are in the file's metadata as JSON, under `cps`.
+    """
+    need(Path(out).suffix == ".onnx", f"{out}: the name must end in .onnx")
     run = Run.load(checkpoint, device="cpu")
-    image, network = torch.randn(2, 1, *run.config.patch), run.networks[0].eval()
+    network = run.networks[0].eval()
     network.to(memory_format=torch.contiguous_format)  # there the norm is more exact on a CPU
+    image = torch.randn(2, 1, *run.config.patch)
     with blame(out, "not made", "pip install onnxscript onnxruntime", ImportError):
-        import onnxruntime  # noqa: F401  # before anything is written: the check needs it
-        program = torch.onnx.export(network, (image,), input_names=["image"], dynamo=True,
-                                    dynamic_shapes=[{0: torch.export.Dim("batch")}], verbose=False)
-    program.model.metadata_props["cps"] = json.dumps([asdict(run.config), run.ids])
+        import onnxruntime  # the check needs it: before anything is written
+
+        program = torch.onnx.export(
+            network,
+            (image,),
+            input_names=["image"],
+            dynamo=True,
+            dynamic_shapes=[{0: torch.export.Dim("batch")}],
+            verbose=False,
+        )
+    metadata = dataclasses.asdict(run.config) | {"ids": run.ids, "one_piece": run.one_piece}
+    program.model.metadata_props["cps"] = json.dumps(metadata)
     atomic(out, program.save)
+
+    session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"image": image.numpy()})
     with torch.inference_mode():
-        difference = abs(network(image) - Run.load(out).networks[0](image)).max()
+        difference = np.abs(network(image).numpy() - logits).max()
     print(f"{out}: largest difference of the logits from PyTorch's {difference:.1e}")
     return int(difference > 1e-3)
-def ablate(
-        config: Config,
-        labelled: tuple[int, ...] = (2,),  # numbers of labelled cases to compare at
-        seeds: int = 3):  # runs of an arm, from --seed on: other weights, patches, labelled cases
-    """Compare supervised, plain CPS, context CPS and an upper bound, all labels, at equal steps, in
-    ablation.csv and .md: Dice of test cases, which choose nothing, mean +- sd over seeds."""
-    out, config = Path(config.out), replace(config, test=config.test or config.val, resume=True)
-    need(seeds > 0 < min(labelled) and config.test, "--seeds, --labelled, --test: at least 1 each")
-    arms = [*itertools.product(labelled, ("supervised", "cps", "context")), (0, "supervised")]
-    rows, scores = [("method", "labels", "seed", "case", "label", "dice_a", "dice_both")], {}
-    split_cases(replace(config, method="cps", labelled=max(labelled)))  # enough cases for all?
-    for (n, method), seed in itertools.product(arms, range(config.seed, config.seed + seeds)):
-        name, folder = method if n else "upper bound", f"{method}-{n or 'all'}-{seed}"
-        done = train(replace(config, method=method, labelled=n, seed=seed, out=f"{out / folder}"))
-        tests = done["results"], validate(done["run"], done["test"], networks="both")
-        dice = [[[d for d, _ in case.values()] for case in test.values()] for test in tests]
-        scores.setdefault((name, n or "all"), []).append((dice, done["minutes"]))
-        rows += [(name, n or "all", seed, case, label, a, both) for case, *pair in
-                 zip(tests[0], *dice) for label, a, both in zip(done["run"].ids, *pair)]
-        write_text(out / "ablation.csv", rows)
-    need(len(rows) == 1 + len(arms) * seeds * len(tests[0]) * len(done["run"].ids),
-         f"{out}: runs differ in their label ids; raise --labelled or leave out rare labels")
-    table = [("method", "labels", "A", "A and B", *(f"A, label {i}" for i in done["run"].ids),
-              "gain of A [95 %]", "minutes")]
-    for (name, n), arrays in scores.items():
-        dice, base = ([d for d, _ in scores.get((key, n), arrays)] for key in (name, "supervised"))
-        gain = np.subtract(dice, base)[:, 0].mean(2).ravel()  # of (seeds, 2, cases, labels)
-        low, high = stats.ttest_1samp(gain, 0).confidence_interval()  # paired by seed and case
-        means = np.hstack((np.mean(dice, (2, 3)), np.mean(dice, 2)[:, 0]))  # (seeds, 2 + labels)
-        table.append((name, n, *(f"{m.mean():.4f} +- {m.std(ddof=seeds > 1):.4f}" for m in means.T),
-                      f"{gain.mean():+.4f} [{low:+.4f}, {high:+.4f}]" if gain.any() else "",
-                      f"{np.mean([m for _, m in arrays]):.1f}"))
-    write_text(out / "ablation.md", markdown(table) + "\n")
-    print(f"\n{out}/ablation.md, {len(done['test'])} test cases:\n{markdown(table)}")
-def costs(config, classes):
-    """Parameters of a network, FLOPs of its forward pass and of a step, bytes that a step keeps."""
-    network, kept = UNet3D(classes, config.base_channels, config.levels).to("meta"), []
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
-    with FlopCounterMode(display=False) as counter, hooks:
-        loss = network(torch.empty(1, 1, *config.patch, device="meta")).sum()  # nothing is run
-        forward = counter.get_total_flops()  # of a patch; two for a multiply-add
-        loss.backward()
-    kept = {(s := t.untyped_storage())._cdata: s.nbytes() for t in kept if type(t) is torch.Tensor}
-    n = 2 * config.batch * (1 + (config.method != "supervised"))  # patches of both networks
-    weights = sum(p.numel() for p in network.parameters())  # fp32, as are gradients and momenta
-    return weights, forward, counter.get_total_flops() * n, sum(kept.values()) * n + 24 * weights
-def info(
-        config: Config,
-        checkpoint: str = "",  # best.pt or last.pt: tell of its training, not of the flags'
-        classes: int = 14,  # with background [FLARE22]
-        bench: bool = False,  # time 20 steps, not 2
-        watts: float = 300.0,  # power of the machine that trains [assumed]
-        carbon: float = 0.4):  # kg of CO2 eq for a kWh [assumed]
-    """Print the paper's Tables 1 and 2 with the blanks filled. What is timed is timed here."""
-    run = Run.load(checkpoint, device=config.device) if checkpoint else Run(
-        config, range(1, classes))
-    need(run.networks[1:], f"{checkpoint}: holds A alone; give best.pt or last.pt")
-    c, gpu, k, n = run.config, run.device.type == "cuda", len(run.ids) + 1, run.config.batch
-    limit = inf if gpu else max(2, 48 >> c.levels - 1) << c.levels - 1  # a CPU times small patches
-    small = replace(c, patch=tuple(min(p, limit) for p in c.patch))
-    (weights, forward, flops, memory), crops = costs(c, k), n * (c.method != "supervised")
-    images = torch.randn(n + crops, 1, *small.patch, device=run.device)
-    target = torch.randint(k, (n, *small.patch), device=run.device)
-    overlaps = [overlap_slices((0, 0, 0), np.array(small.patch) // 8, small.patch)] * crops
-    batch = {"tensors": [images, images, target, target >= 0], "overlaps": overlaps}
-    parts = run.networks, run.optimisers, batch, c.lam, c, run.scaler, run.autocast
-    def seconds(f, n):  # a Timer warms up and waits for a GPU
-        return Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads()).timeit(n).mean
-    step = seconds(lambda: train_step(*parts), 20 if bench else 2) * flops / costs(small, k)[2]  # s
-    memory = torch.cuda.max_memory_allocated(run.device) if gpu else memory
-    a = torch.randn([8192 if gpu else 2048] * 2, device=run.device)
-    with run.autocast:
-        peak = 2 * len(a)**3 / seconds(lambda: a @ a, 5)
-    hours = c.epochs * c.epoch_steps * step / 3600
-    print(markdown([
-        ("machine", f"{platform.platform()}, {os.cpu_count()} cores, torch {torch.__version__}"),
-        ("GPU", torch.cuda.get_device_name(run.device) if gpu else "none"),
-        ("method", f"{c.method}; A he-normal, B {c.init_b}-normal; {c.lam:g} x {c.pseudo_loss}"),
-        ("batch", f"{n} labelled patches and {crops} pairs, {c.patch}"),
-        ("optimiser", f"SGD, Nesterov momentum {c.momentum:g}, weight decay {c.weight_decay:g}"),
-        ("epochs", f"{c.epochs} of {c.epoch_steps} steps; lr {c.lr:g}, / 2 each {c.halve_epochs}"),
-        ("parameters, FLOPs", f"{weights:,}, {forward:.4g} a patch; {flops:.4g} FLOPs a step"),
-        ("memory of a step", f"{memory / 2**30:.3g} GiB, {('counted', 'measured')[gpu]}"),
-        ("time of a step", f"{step:.3g} s, {2 * len(images) / step:.3g} patches a second"),
-        ("share of a matrix product's speed", f"{flops / step / peak:.0%} of {peak:.3g} FLOP/s"),
-        ("training time", f"{hours:.3g} h = {hours / 24:.2g} days, without validation"),
-        ("energy", f"{(kwh := hours * watts / 1000):.3g} kWh: hours x {watts:g} W / 1000"),
-        ("CO2 eq", f"{kwh * carbon:.3g} kg: kWh x {carbon:g} kg"),
-        *[("done", f"{run.step} steps, validation Dice {run.best:.4f}")] * bool(checkpoint)]))
 
-# 12. Command line =================================================================================
-def add_flags(parser, target, skip=("config",)):
-    """A flag for each parameter of a function and of its Config; the help is the comment there."""
-    def number(word):  # a word instead of numbers, auto or native, is an empty tuple
-        return None if word in ("auto", "native") else float(word)
-    comments = dict(re.findall(r"^ +(\w+): .*?  # (.*)$", inspect.getsource(target), re.MULTILINE))
-    parameters = inspect.signature(target).parameters
-    if "config" in parameters:
-        add_flags(parser, Config, skip=parameters)
-    for p in [p for name, p in parameters.items() if name not in skip]:
-        kind, items = get_origin(p.annotation) or p.annotation, get_args(p.annotation)
-        options = {"action": argparse.BooleanOptionalAction} if kind is bool else {
-            "choices": items} if kind is Literal else {"type": kind} if kind is not tuple else {
-            "type": number if items[0] is float else items[0], "nargs": "+"}
-        options |= {"nargs": "?"} if p.name == "data" else {"default": argparse.SUPPRESS}
-        bare = p.name == "data" or p.default is p.empty  # without a default: positional
-        name = p.name if bare else "--" + p.name.replace("_", "-")
-        parser.add_argument(name, help=comments[p.name].replace("%", "%%"), **options)
+
+def info(config, classes=14):
+    """Print what the paper's tables ask for: protocol, parameters, FLOPs, memory of a step.
+
+    All is counted, nothing timed; memory is that of a GPU with mixed precision, unless --no-amp.
+    """
+    steps = config.epochs * config.epoch_steps
+    print("settings  ", settings(config))
+    for name in ("method", "patch", "batch", "clip", "lr", "momentum", "weight_decay", "init_b"):
+        print(f"{name:<12} {getattr(config, name)}")
+    print(f"schedule     {steps:,} steps, lr halved every {config.halve_epochs} epochs")
+    protocol(config, classes, gpu=config.device != "cpu")
+
+
+# 12. Runs
+# --------------------------------------------------------------------------------------------------
+LOG = (
+    *("step", "lr", "lam", "loss_sup", "loss_cps", "agreement", "foreground", "overlap"),
+    *("dice", "seconds"),  # of the validation; of a step, validation included
+)
+VERSION = 2  # of checkpoints
+MAY_CHANGE = (  # on --resume; a loss that is not finite may want another lr
+    *("data", "unlabelled", "split", "cache", "preset", "batch", "epochs", "lr", "grad_clip"),
+    *("out", "resume", "device", "amp", "compile", "workers", "check"),
+)
+HOST_BYTES = 2**29  # a larger slab waits on the host: FLARE allows a card 2048 MiB
+WATTS = {"cpu": 100, "cuda": 400}  # of the machine that trains [assumed]
+CARBON = 0.4  # kg of CO2 eq for a kWh [assumed]
+RANK = int(os.environ["RANK"]) if "LOCAL_RANK" in os.environ else 0  # of torchrun; 0: the first
+PROCESSES = int(os.environ["WORLD_SIZE"]) if "LOCAL_RANK" in os.environ else 1
+
+
+class Run:
+    """All that changes while training, which is all that a checkpoint holds."""
+
+    def __init__(self, config, ids, one_piece):
+        self.config = config
+        self.ids = list(ids)  # label id of class 1, 2, ...
+        self.one_piece = list(one_piece)  # those of which `segment` keeps one component
+        self.split = {}
+        self.steps = config.epochs * config.epoch_steps
+        self.stop = False  # a signal came
+
+        gpu = config.device != "cpu" and torch.cuda.is_available()  # "auto" takes one
+        self.device = torch.device(config.device.replace("auto", "cuda" if gpu else "cpu"))
+        torch.backends.cudnn.benchmark = gpu  # one patch size: the search for kernels pays
+        self.networks = make_pair(config, len(self.ids) + 1)
+        for network in self.networks:
+            network.to(self.device)
+            if not gpu:  # 1.4 times as fast; on a GPU the norm would transpose twice
+                network.to(memory_format=torch.channels_last_3d)
+        self.trained = self.networks  # or what --compile and torchrun make of them
+        self.optimisers = []
+        for network in self.networks:
+            optimiser = torch.optim.SGD(
+                network.parameters(),
+                momentum=config.momentum,
+                nesterov=True,
+                weight_decay=config.weight_decay,
+            )
+            self.optimisers.append(optimiser)
+
+        amp = gpu and config.amp
+        bf16 = amp and torch.cuda.get_device_capability(self.device) >= (8, 0)
+        half = torch.bfloat16 if bf16 else torch.float16
+        self.autocast = torch.autocast(self.device.type, half, enabled=amp)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp and not bf16)
+
+        self.step = 0
+        self.best = -1.0  # Dice of validation in best.pt
+        self.rows = []  # of the log
+        self.sums = torch.zeros(6, device=self.device)  # of the rows of train_step in this epoch
+        self.cases = {}  # part: name: checksums
+        self.processes = PROCESSES
+        self.since = time.monotonic()
+
+    def path(self, name):
+        """Path of a file in the run folder."""
+        return Path(self.config.out) / name
+
+    def parts(self):
+        """What has a state of its own."""
+        return [*self.networks, *self.optimisers, self.scaler]
+
+    def save(self, name):
+        """Write a checkpoint: plain values and tensors, no code."""
+        self.need_finite()
+        if RANK:
+            return
+        names = ("ids", "one_piece", "step", "best", "rows", "sums", "cases", "processes")
+        state = {key: getattr(self, key) for key in names}
+        state["version"] = VERSION
+        state["config"] = dataclasses.asdict(self.config)
+        state["parts"] = [part.state_dict() for part in self.parts()]
+        file = io.BytesIO()  # by way of memory: torch hides that a disk is full
+        torch.save(state, file)
+        atomic(self.path(name), Path.write_bytes, file.getbuffer())
+
+    @classmethod
+    def load(cls, path, **changes):
+        """The run of a checkpoint, some fields of its config changed. Code in it is not run."""
+        with blame(path, "cannot be loaded", "give best.pt or last.pt of a run"):
+            need(not zipfile.ZipFile(path).testzip(), "it is damaged")  # torch would not notice
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            version = isinstance(state, dict) and state.get("version")
+            need(version == VERSION, "it is not from this version of cps.py")
+            config = Config(**state.pop("config") | changes)
+            run = cls(config, state["ids"], state["one_piece"])
+            for part, saved in zip(run.parts(), state.pop("parts"), strict=True):
+                if saved:  # a scaler that was off has none
+                    part.load_state_dict(saved)
+            state["sums"] = state["sums"].to(run.device)
+            vars(run).update(state)
+        return run
+
+    def batches(self):
+        """The batches of the steps that are left, on the device."""
+        gpu = self.device.type == "cuda"
+        loader = DataLoader(
+            Patches(self.config, self.split, self.ids, RANK),
+            batch_size=None,
+            sampler=range(self.step, self.steps),
+            num_workers=self.config.workers if gpu else 0,
+            worker_init_fn=leave_signals_to_the_parent,
+            pin_memory=gpu,
+        )
+        first = self.step
+        self.since = start = time.monotonic()
+        for batch in loader:
+            for key, value in batch.items():
+                if key != "overlaps":
+                    batch[key] = value.to(self.device, non_blocking=True)
+            yield batch
+            progress("step", self.step - first, self.steps - first, start)
+            if gpu and self.step == first + 1:  # the first step tries kernels
+                torch.cuda.reset_peak_memory_stats(self.device)
+
+    def need_finite(self):
+        """A loss that is not finite ends the run; the last checkpoint stays."""
+        remedy = "go on from the last checkpoint with --resume and a lower --lr, or --no-amp"
+        need(self.sums.isfinite().all(), f"{self.config.out}: the loss is not finite; {remedy}")
+
+    def log(self, lr, lam, score):
+        """Add the row of an epoch to log.csv, and print it."""
+        if distributed.is_initialized():
+            distributed.all_reduce(self.sums)
+        self.need_finite()
+        *sums, count = self.sums.tolist()  # waits for a GPU
+        need(count, f"{self.config.out}: no step of this epoch had a finite loss; use --no-amp")
+        means = [value / count for value in sums]
+        if self.config.method == "supervised":
+            means[1:] = [nan] * 4
+        now = time.monotonic()
+        seconds = (now - self.since) / self.config.epoch_steps
+        self.since = now
+        self.rows.append((self.step, lr, lam, *means, score, seconds))
+        self.sums.zero_()
+        if RANK:
+            return
+        write_csv(self.path("log.csv"), [LOG, *self.rows])
+        left = timedelta(seconds=int(seconds * (self.steps - self.step)))
+        print(*(f"{value:>{width(name)}.4g}" for name, value in zip(LOG, self.rows[-1])), left)
+        sys.stdout.flush()
+        skipped = self.config.epoch_steps * self.processes - count
+        if skipped:
+            print(f"{skipped:.0f} steps overflowed in fp16 and were skipped")
+
+    def asked_to_stop(self):
+        """Whether a signal came; the processes of torchrun agree on it, each tenth step."""
+        if not distributed.is_initialized():
+            return self.stop
+        if self.step % 10:
+            return False
+        stop = torch.tensor(float(self.stop), device=self.device)
+        distributed.all_reduce(stop, distributed.ReduceOp.MAX)
+        return bool(stop)
+
+
+def width(name):
+    """Of a column of the printed log."""
+    return max(len(name), 9)
+
+
+@contextmanager
+def open_run(config):
+    """The run of a config, new or resumed, with its data; its folder locked, signals noted."""
+    last = Path(config.out) / "last.pt"
+    fresh = not last.exists()
+    need(RANK or config.resume or fresh, f"{config.out}: holds a run; --resume or other --out")
+    barrier()  # the others write only after this check
+    split = prepare(split_cases(config), config)  # all is checked before anything is trained
+    ids = label_ids(split)
+    need(ids, f"{config.data}: all labels are empty; there is nothing to learn")
+
+    with locked(Path(config.out)):
+        if fresh:
+            run = Run(config, ids, one_piece(split["labelled"], ids))
+            run.cases = fingerprint(split)
+        else:
+            run = resumed(last, config, split)
+        run.split = split
+        header(run)
+        if fresh:
+            run.save("last.pt")
+            write_text(run.path("split.json"), json.dumps(run.cases, default=list, indent=1))
+            write_text(run.path("config.json"), json.dumps(dataclasses.asdict(config), indent=1))
+            write_text(run.path("cps.py"), Path(__file__).read_text("utf-8"))
+
+        if config.compile:
+            run.trained = [torch.compile(network) for network in run.trained]
+        if distributed.is_initialized():  # averages the gradients of all processes
+            warnings.filterwarnings("ignore", "Grad strides")  # of a 1x1x1 kernel: no matter
+            ddp = nn.parallel.DistributedDataParallel
+            run.trained = [ddp(network) for network in run.trained]
+        with signals_noted(run):
+            yield run
+
+
+def label_ids(split):
+    """Ids of all labels of the cases with labels; warns of those that cannot be learned or seen."""
+    found = {part: set() for part in split}
+    for part, cases in split.items():
+        for case in cases:
+            found[part].update(int(label) for label in case.facts.get("labels", {}))
+    ids = sorted(set().union(*found.values()))
+    for part, why in (("labelled", "cannot be learned"), ("val", "has no say in the checkpoint")):
+        missing = sorted(set(ids) - found[part])
+        if missing and split[part]:
+            warn(f"no {part} case holds label {missing}: it {why}; see --seed, --{part}, --split")
+    if 255 in ids and 254 not in ids:
+        warn("label 255 is learned like any other: an ignore label is not supported")
+    return ids
+
+
+def one_piece(cases, ids):
+    """The labels that lie in one piece: 99 % of each case's voxels in the largest component."""
+    found = []
+    for label in ids:
+        shares = [case.facts["labels"].get(str(label), 1.0) for case in cases]
+        if min(shares) >= 0.99:
+            found.append(label)
+    return found
+
+
+def fingerprint(split):
+    """What the cases are, wherever they lie: {part: {name: checksums of image and label}}."""
+    marks = {}
+    for part, cases in split.items():
+        marks[part] = {}
+        for case in cases:
+            facts = case.facts
+            marks[part][case.name] = [facts["checksum"], facts.get("label_checksum", 0)]
+    return marks
+
+
+def resumed(last, config, split):
+    """The run of last.pt, if it is the one that the config describes; UserError otherwise."""
+    run = Run.load(last, **{name: getattr(config, name) for name in MAY_CHANGE})
+    for name, value in vars(run.config).items():
+        now = getattr(config, name)
+        need(value == now, f"{last}: was begun with --{flag(name)} {value}, not {now}; or new --out")
+    for part, cases in fingerprint(split).items():
+        before = run.cases[part]
+        changed = [n for n in {**before, **cases} if before.get(n) != cases.get(n)]
+        need(not changed, f"{last}: other {part} cases than before: {changed[:5]}; or new --out")
+    return run
+
+
+@contextmanager
+def locked(folder):
+    """Turn away a second run in a folder, on any system; even kill -9 ends the lock."""
+
+    def lock(path):
+        connection = sqlite3.connect(path, timeout=0)
+        connection.execute("BEGIN EXCLUSIVE")
+        return connection
+
+    folder.mkdir(parents=True, exist_ok=True)
+    connection = None
+    try:
+        connection = lock(folder / f".lock{RANK}")
+    except sqlite3.Error as error:
+        with tempfile.TemporaryDirectory(prefix=".", dir=folder) as other:
+            try:
+                lock(Path(other) / "lock").close()
+            except sqlite3.Error:  # not even a new file: the file system has no locks
+                warn(f"{folder}: cannot be locked here; see that no second run uses it")
+            else:
+                raise UserError(f"{folder}: in use by another run; end it or change --out") from error
+    try:
+        yield
+    finally:
+        if connection:
+            connection.close()
+
+
+@contextmanager
+def signals_noted(run):
+    """SIGINT and SIGTERM let the step end and the run save; afterwards they are given back."""
+
+    def note(number, frame):
+        run.stop = True
+        if not distributed.is_initialized():  # torchrun may send it twice
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once
+
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, note)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def leave_signals_to_the_parent(worker):
+    """A scheduler signals the whole group: loader workers must outlive the last step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def barrier():
+    """Wait for the other processes of torchrun, if there are any."""
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
+def header(run):
+    """Print what a person wants to know before a long run, and refuse what cannot fit."""
+    config = run.config
+    gpu = run.device.type == "cuda"
+    counts = ", ".join(f"{len(cases)} {part}" for part, cases in run.split.items())
+    print(f"cases      {counts}; labels {run.ids}, one component kept of {run.one_piece}")
+    print("settings  ", settings(config))
+    step_bytes = protocol(config, len(run.ids) + 1, gpu)
+    print(f"run        {config.out} on {run.device}, step {run.step} of {run.steps}")
+    print(*(f"{name:>{width(name)}}" for name in LOG), "left", flush=True)
+
+    free = torch.cuda.mem_get_info(run.device)[0] if gpu else memory_bytes()
+    fits = step_bytes < free or not config.check
+    sizes = f"a step takes {step_bytes / 2**30:.1f} GiB and {free / 2**30:.1f} are free"
+    need(fits, f"--patch: {sizes}; use --preset quick, a smaller --patch or --batch, or --no-check")
+
+
+def settings(config):
+    """The settings that differ from the preset, as flags."""
+    preset = Config(**PRESETS[config.preset])
+    changed = [f"--preset {config.preset}"]
+    for name, value in vars(config).items():
+        if value != getattr(preset, name) and name not in ("data", "out", "preset", "resume"):
+            words = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            changed.append(f"--{flag(name)} {words}")
+    return " ".join(changed)
+
+
+def protocol(config, classes, gpu):
+    """Print the size and the costs of a training; returns the bytes of a step."""
+    parameters, patch_flops, step_flops, step_bytes = costs(config, classes, gpu)
+    print(f"network    {parameters:,} parameters, {patch_flops:.3g} FLOPs for a patch; there are two")
+    print(f"step       {step_flops:.3g} FLOPs, {step_bytes / 2**30:.2g} GiB, counted")
+    return step_bytes
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made while it is on: now, and at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self.known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor.untyped_storage())
+        return result
+
+    def add(self, storage):
+        """Count a storage until it is freed."""
+        if storage not in self.known:
+            self.known.add(storage)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.free, storage.nbytes())
+
+    def free(self, size):
+        """Take back what was counted."""
+        self.now -= size
+
+
+def costs(config, classes, gpu=False):
+    """Parameters of a network, FLOPs of its forward pass for a patch, FLOPs and bytes of a step.
+
+    Nothing is computed: a step is taken on the `meta` device, where tensors have no values. gpu:
+    with mixed precision. Counted are weights, gradients, momenta, activations and losses.
+    """
+    with torch.device("meta"):
+        networks = [UNet3D(classes, config.base_channels, config.levels) for _ in "AB"]
+        image = torch.empty(1, 1, *config.patch)
+        labelled = torch.empty(config.batch, 1, *config.patch)
+        target = torch.empty(config.batch, *config.patch, dtype=torch.int16)
+    crops = 0 if config.method == "supervised" else config.batch
+    whole = [slice(0, size) for size in config.patch]
+    batch = {
+        "labelled": labelled,
+        "target": target,
+        "crops_a": labelled[:crops],
+        "crops_b": labelled[:crops],
+        "valid": target[:crops] >= 0,
+        "overlaps": [(whole, whole)] * crops,
+    }
+    parameters = sum(parameter.numel() for parameter in networks[0].parameters())
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        networks[0](image)
+
+    # Mixed precision on a GPU: activations have 2 bytes, and a copy of the weights as well.
+    mixed = gpu and config.amp
+    if mixed:
+        for network in networks:
+            network.to(torch.bfloat16)
+        for key in ("labelled", "crops_a", "crops_b"):
+            batch[key] = batch[key].to(torch.bfloat16)
+    optimisers = [torch.optim.SGD(network.parameters(), 0.1, 0.9) for network in networks]
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    with LiveBytes() as live, FlopCounterMode(display=False) as step:
+        train_step(networks, optimisers, batch, 1.0, config, scaler, nullcontext())
+    # Weights beside what the step makes; with mixed precision weights, momenta, gradients in fp32.
+    step_bytes = live.peak + 2 * parameters * (4 if not mixed else 4 + 4 + 2 + 2)
+    return parameters, forward.get_total_flops(), step.get_total_flops(), step_bytes
+
+
+def report(run):
+    """Test the best checkpoint, print a table and what the run cost; returns the dict of `train`."""
+    barrier()  # until best.pt is there
+    config = run.config
+    best = Run.load(run.path("best.pt"), device=config.device)
+    part = "test" if run.split["test"] else "val"
+    results = test_scores(best, run.split[part])
+    seconds = sum(row[-1] for row in run.rows) * config.epoch_steps
+    if run.split["val"]:
+        count = len(run.split["val"])
+        print(f"\nbest.pt    mean Dice {best.best:.4f} on the {count} cases that chose it")
+    print(f"\n{len(results)} {part} cases\n{table(results, '2 mm')}\n" if results else "")
+    try:
+        if RANK == 0:
+            figure(run, best, run.split["val"][:3])
+    except (ImportError, AttributeError):  # absent, or old
+        print(f"no {config.out}/figure.png: pip install -U matplotlib")
+
+    watts = WATTS[run.device.type]
+    kwh = seconds / 3600 * watts / 1000
+    cost = f"{kwh:.2g} kWh (time x {watts} W), {kwh * CARBON:.2g} kg CO2 eq (kWh x {CARBON})"
+    print(f"cost       {seconds / 60:.1f} minutes, {cost}")
+    images = Path(config.data) / "imagesTs"
+    if not images.exists():
+        images = Path(config.data) / "imagesTr"
+    print(f"next       python cps.py predict {run.path('best.pt')} {images} {config.out}/predictions")
+    return {
+        "best_dice": best.best,
+        "checkpoint": str(run.path("best.pt")),
+        "steps": run.step,
+        "results": results,  # {case: {label id: scores}}
+        "minutes": seconds / 60,
+        "run": best,
+        "test": run.split["test"],
+    }
+
+
+# 14. Command line
+# --------------------------------------------------------------------------------------------------
+class UserError(Exception):
+    """Something the user can mend: one sentence that names the file or flag and the remedy."""
+
+
+def need(holds, sentence):
+    """Raise UserError with the sentence unless something holds."""
+    if not holds:
+        raise UserError(sentence)
+
+
+@contextmanager
+def blame(path, problem, remedy, kinds=Exception):
+    """Turn errors of the `with` block into a UserError: path, problem, what was raised, remedy."""
+    try:
+        yield
+    except kinds as error:  # broken files make nibabel, zipfile, pickle ... raise a dozen types
+        reason = getattr(error, "strerror", "") or str(error) or type(error).__name__
+        reason = " ".join(reason.split())[:200]
+        raise UserError(f"{path}: {problem}, {reason}; {remedy}") from error
+
+
+def attempt(function, *args):
+    """Call a function; print what the user can mend and return 2. A defect keeps its traceback."""
+    try:
+        return function(*args)
+    except UserError as error:
+        sentence = str(error)
+    except OSError as error:
+        sentence = str(error)
+        if error.filename:
+            sentence = f"{error.filename}: {error.strerror}; check the path and its rights"
+    except (MemoryError, RuntimeError) as error:  # torch has no type of its own for these
+        text = str(error)[:300]
+        if re.search("DataLoader worker|shared memory|shm", text):
+            sentence = (
+                "--workers: a loader process died or shared memory ran out; lower --workers, or "
+                "raise the container's shared memory (docker run --shm-size 2g)"
+            )
+        elif re.search("^$|out of memory|not enough memory|allocate", text):
+            sentence = "out of memory; lower --patch, --batch or --base-channels of the training"
+        else:
+            raise
+    print(f"error: {sentence}", file=sys.stderr)
+    return 2
+
+
+@functools.cache  # each sentence once
+def warn(sentence):
+    """Print a warning: something that is not refused, but may be a mistake."""
+    if RANK == 0:
+        print(f"warning: {sentence}", file=sys.stderr)
+
+
+def progress(what, done, total, start):
+    """Redraw one line with the time left, on a terminal only."""
+    if sys.stdout.isatty():
+        seconds = (time.monotonic() - start) / done * (total - done)
+        end = "\n" if done == total else "\r"
+        print(f"{what} {done}/{total}, {timedelta(seconds=int(seconds))} left  ", end=end)
+        sys.stdout.flush()
+
+
+def for_each(what, items, one, threads=1):
+    """Call one(name, item) for all items and report bad ones: exit code 1 if some are, 2 if all."""
+    bad = 0
+    start = shown = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        codes = pool.map(functools.partial(attempt, one), items.keys(), items.values())
+        for done, code in enumerate(codes, start=1):
+            bad += code == 2
+            progress(what, done, len(items), start)
+            if not sys.stdout.isatty() and time.monotonic() - shown > 30:
+                shown = time.monotonic()
+                print(f"{what}: {done} of {len(items)}", flush=True)
+    seconds = time.monotonic() - start
+    print(f"{what}: {len(items) - bad} of {len(items)} done in {seconds:.1f} s", flush=True)
+    if bad == len(items):
+        return 2
+    return int(bad > 0)
+
+
+def memory_bytes():
+    """Bytes that this machine, or its container, may still use; infinite where it does not say."""
+    free = inf
+    if Path("/proc/meminfo").exists():
+        kib = re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())
+        free = int(kib[1]) * 1024
+    limit = Path("/sys/fs/cgroup/memory.max")
+    used = Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
+
+
+def flag(name):
+    """The flag of a field of Config, without its dashes."""
+    return name.replace("_", "-")
+
+
+def check_config(config):
+    """Refuse impossible values in one sentence, before any work is done."""
+
+    def must(name, holds, wanted):
+        need(holds, f"--{flag(name)} {getattr(config, name)}: must be {wanted}")
+
+    counts = ("batch", "base_channels", "epochs", "epoch_steps", "halve_epochs", "validate_epochs")
+    for name in counts:
+        must(name, getattr(config, name) >= 1, "1 or more")
+    amounts = ("labelled", "val", "test", "seed", "lam", "rampup", "intensity", "workers")
+    for name in (*amounts, "spatial", "weight_decay", "grad_clip"):
+        must(name, 0 <= getattr(config, name) < inf, "0 or more")
+    for name in ("momentum", "min_overlap"):
+        must(name, 0 < getattr(config, name) < 1, "between 0 and 1")
+    must("lr", 0 < config.lr < inf, "more than 0")
+    must("levels", 1 <= config.levels <= 10, "1 to 10")
+
+    stride = 2 ** (config.levels - 1)
+    fits = [size > 0 and size % stride == 0 for size in config.patch]
+    wanted = f"3 multiples of {stride}, not all {stride}"
+    must("patch", len(fits) == 3 and all(fits) and max(config.patch) > stride, wanted)
+    if config.clip:
+        ordered = len(config.clip) == 2 and -inf < config.clip[0] < config.clip[1] < inf
+        must("clip", ordered, "LOW HIGH, or auto")
+    if config.spacing:
+        possible = len(config.spacing) == 3 and all(0.01 <= mm <= 100 for mm in config.spacing)
+        must("spacing", possible, "X Y Z in mm, or native")
+    must("mirror", set(config.mirror) <= set("xyz"), "some of x, y, z")
+
+    gpus = torch.cuda.device_count() if config.device.startswith("cuda") else 0
+    known = ["auto", "cpu", *["cuda"] * (gpus > 0), *[f"cuda:{i}" for i in range(gpus)]]
+    must("device", config.device in known, "cpu, or a GPU that is there")
+
+
+class Parser(argparse.ArgumentParser):
+    """Its errors are sentences like all others."""
+
+    def error(self, message):
+        raise UserError(f"{message}; see cps.py [COMMAND] --help")
+
+
+def number_or_word(text):
+    """A number; None for the words that stand for an empty tuple."""
+    if text in ("auto", "native"):
+        return None
+    return float(text)
+
+
+def add_config_flags(parser, but=()):
+    """A flag for each field of Config, in the groups of its source; the help is the comment."""
+    group = parser
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    for line in inspect.getsource(Config).splitlines():
+        heading = re.fullmatch(r"    # (\w+)", line)
+        comment = re.fullmatch(r"    (\w+): .*?  # (.*)", line)
+        if heading:
+            group = parser.add_argument_group(heading[1])
+        if comment and comment[1] not in ("data", *but):
+            add_flag(group, fields[comment[1]], comment[2].replace("%", "%%"))
+    parser.add_argument("data", nargs="?", help="folder in MSD / nnU-Net layout; none: a phantom")
+
+
+def add_flag(group, field, text):
+    """The flag of one field; what is not given is left out, so that presets can fill it in."""
+    default = field.default
+    if isinstance(default, tuple):
+        default = " ".join(map(str, default)) or "none"
+    options = {"default": argparse.SUPPRESS, "help": f"{text} (default {default})"}
+    if field.type is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif typing.get_origin(field.type) is Literal:
+        options["choices"] = typing.get_args(field.type)
+    elif typing.get_origin(field.type) is tuple:
+        kind = typing.get_args(field.type)[0]
+        options["nargs"] = "+"
+        options["type"] = number_or_word if kind is float else kind
+    else:
+        options["type"] = field.type
+    group.add_argument(f"--{flag(field.name)}", **options)
+
+
+def build_parser():
+    """The command line: commands, their own flags, and those of Config."""
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+
+    def add(function):
+        text = function.__doc__.split("\n\n")[0]
+        return commands.add_parser(
+            function.__name__, help=text, description=text, allow_abbrev=False
+        )
+
+    add_config_flags(add(train))
+
+    p = add(predict)
+    p.add_argument("checkpoint", help="best.pt or last.pt of a run")
+    p.add_argument("images", help="a NIfTI file or a folder of them")
+    p.add_argument("out", help="folder for the segmentations, or the file for one")
+    networks = ("a", "b", "both")
+    p.add_argument("--networks", choices=networks, default="a", help="both: mean, twice the time")
+    on_or_off = argparse.BooleanOptionalAction
+    text = "one component of each label that was in one piece in training"
+    p.add_argument("--largest", action=on_or_off, default=True, help=text)
+    p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
+    p.add_argument("--efficiency", default="", help="CSV file for time, memory, processor use")
+
+    p = add(evaluate)
+    p.add_argument("predictions", help="a NIfTI file or a folder of them")
+    p.add_argument("references", help="the same; files of two folders go together by name")
+    p.add_argument("--flare22", action="store_true", help="organs, tolerances, rules of FLARE22")
+    p.add_argument("--tolerance", type=float, default=2.0, help="of the surface Dice, mm (2)")
+    p.add_argument("--csv", default="", dest="csv_file", help="scores of each case and label")
+
+    p = add(ablate)
+    p.add_argument("--labelled", type=int, nargs="+", default=[2], help="numbers to compare at (2)")
+    p.add_argument("--seeds", type=int, default=3, help="runs of an arm, from --seed on (3)")
+    add_config_flags(p, but=("labelled", "method", "resume"))
+
+    p = add(info)
+    p.add_argument("--classes", type=int, default=14, help="with background (14, of FLARE22)")
+    add_config_flags(p)
+
+    p = add(export)
+    p.add_argument("checkpoint", help="best.pt or last.pt of a run")
+    p.add_argument("out", help="the file to write, model.onnx")
+    return parser
+
+
 def config_from(command, data=None, preset=None, **given):
     """Config of flags on top of a preset; without DATA that of the phantom."""
-    given = {key: value if type(value) is not list else tuple(i for i in value if i is not None)
-             for key, value in given.items()}
-    preset = preset or ("paper" if data or command == "info" else "quick")  # minutes on a CPU
+    for name, value in given.items():
+        if isinstance(value, list):
+            given[name] = tuple(item for item in value if item is not None)
+    need(data or not given.get("unlabelled"), "--unlabelled: took all folders; put DATA before it")
+    if preset is None:
+        preset = "paper" if data or command == "info" else "quick"
     if data is None and command != "info":
-        make_phantom(data := "runs/phantom")
+        data = "runs/phantom"
+        make_phantom(data)
         given = {"val": 4.0} | given
     what = given.get("method", "context") if command == "train" else command
     out = f"runs/{Path(data or '').resolve().name}-{what}"
     return Config(**PRESETS[preset] | {"data": data or "", "preset": preset, "out": out} | given)
+
+
+def run_command(argv):
+    """Read the command line, do what it says; returns the exit code."""
+    given = vars(build_parser().parse_args(argv))
+    command = given.pop("command")
+    if command == "train":
+        train(config_from(command, **given))
+        return 0
+    if command == "ablate":
+        labelled = given.pop("labelled")
+        seeds = given.pop("seeds")
+        ablate(config_from(command, **given), tuple(labelled), seeds)
+        return 0
+    if command == "info":
+        classes = given.pop("classes")
+        info(config_from(command, **given), classes)
+        return 0
+    return {"predict": predict, "evaluate": evaluate, "export": export}[command](**given)
+
+
 def main(argv=None):
     """Run a command. Returns its exit code: 0, 1 (some cases failed), 2 (bad input), 130."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="name")
-    for function in (train, predict, evaluate, ablate, info, export):
-        text = function.__doc__.split(". ")[0] + "."
-        p = commands.add_parser(function.__name__, help=text, description=text, allow_abbrev=False)
-        add_flags(p, function)
-        p.error = parser.error = lambda text: need(False, f"{text}; see cps.py [COMMAND] --help")
-    def run(name, **args):
-        own = {k: args.pop(k) for k in args.keys() & inspect.signature(globals()[name]).parameters}
-        result = globals()[name](*[config_from(name, **args)] if args else (), **own)
-        return result if type(result) is int else 0
     nib.imageglobals.logger.setLevel("CRITICAL")  # what is wrong with a scan, an error says
-    if "LOCAL_RANK" in os.environ:  # of torchrun: the first process alone speaks
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # names of files, on any terminal
+    if "LOCAL_RANK" in os.environ:  # torchrun: the first process alone speaks
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        distributed.init_process_group()
-        sys.stdout = io.StringIO() if RANK else sys.stdout
+        distributed.init_process_group(timeout=timedelta(days=1))  # the first one prepares
+        if RANK:
+            sys.stdout = io.StringIO()
     try:
-        return attempt(lambda: run(**vars(parser.parse_args(argv))))
+        return attempt(run_command, argv)
     except KeyboardInterrupt as error:
         print(f"\ninterrupted: {error}", file=sys.stderr)
         return 130
+
 
 if __name__ == "__main__":
     sys.exit(main())
