@@ -43,6 +43,7 @@ import inspect
 import io
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -112,7 +113,7 @@ class Config:
     batch: int = 2  # labelled patches a step (and process), and as many unlabelled pairs [paper]
     min_overlap: float = 0.3  # least overlap of two crops, as a share of a crop [ours]
     intensity: float = 1.0  # scales the chances of intensity augmentation; 0: none [nnU-Net]
-    spatial: float = 0.2  # chance of rotation to 30 degrees and scale 0.7 to 1.4; 0: none [nnU-Net]
+    spatial: float = 0.2  # chance of rotation to 30 degrees, and of scale 0.7 to 1.4 [nnU-Net]
     mirror: str = ""  # axes to mirror, as `yz`; `x` would swap left and right [ours]
 
     # network
@@ -833,7 +834,10 @@ def list_scans(path, images=False, ids=()):
         first = {stem.removesuffix("_0001") for stem in stems - set(ids) if stem.endswith("_0001")}
         several = sorted(stem for stem in first if f"{stem}_0000" in stems)
         channels = len(several) > 1 or not set(ids).isdisjoint(several)
-        need(not channels, f"{path}: {several[:3]} have channels _0000, _0001; keep one of a case")
+        need(
+            not channels,
+            f"{path}: {several[:3]} have channels _0000, _0001; keep one channel a case",
+        )
 
     strip = images and all(stem.endswith("_0000") for stem in stems)
     scans = {}
@@ -898,7 +902,8 @@ def draw_split(config, names):
     """Names of labelled cases by part, drawn at random; the test cases are those of any seed."""
     known = np.random.default_rng(0).permutation(sorted(names)).tolist()
     # Below 1, --test and --val are shares.
-    test, val = (int(np.ceil(n if n >= 1 else n * len(known))) for n in (config.test, config.val))
+    test = int(np.ceil(config.test if config.test >= 1 else config.test * len(known)))
+    val = int(np.ceil(config.val if config.val >= 1 else config.val * len(known)))
     rest = np.random.default_rng((1, config.seed)).permutation(known[test:]).tolist()
     room = len(rest) - val
     count = config.labelled or room  # 0: all that are left
@@ -912,17 +917,14 @@ def draw_split(config, names):
 
 
 def read_split(path, cases):
-    """Names by part of a split.json; each must be a case, in one part, and most need a label."""
-    with blame(path, "is no split", 'give a JSON file like {"labelled": ["case_1"], "val": ...}'):
+    """Names by part of a split.json; UserError for one that is no case, or has no label to give."""
+    with blame(path, "is no split", "give a split.json of a run"):
         found = json.loads(Path(path).read_text("utf-8"))
         parts = {part: list(found.get(part, [])) for part in PARTS}
-        names = Counter(itertools.chain(*parts.values()))
-        unknown = sorted(names.keys() - cases.keys())
-    need(not unknown, f"{path}: names unknown cases {unknown[:5]}; mend it or --unlabelled")
-    twice = [name for name in names if names[name] > 1]
-    need(not twice, f"{path}: names {twice[:5]} twice; a case belongs to one part")
-    bare = [name for name in names if not cases[name].label and name not in parts["unlabelled"]]
-    need(not bare, f"{path}: {bare[:5]} have no label; move them to unlabelled")
+        for part, names in parts.items():
+            known = [name for name in cases if part == "unlabelled" or cases[name].label]
+            unknown = sorted(set(names) - set(known))
+            need(not unknown, f"its {part} cases {unknown[:5]} are not in DATA, or without a label")
     return parts
 
 
@@ -940,27 +942,33 @@ def geometry(scan):
 def read_scan(path, is_label=False, canonical=True, like=None):
     """Read a NIfTI file: volume (X, Y, Z), float32 or uint8, spacing in mm (3,), nibabel image.
 
-    canonical: turned to RAS+. like: an image on whose grid it must lie. UserError if no scan.
+    canonical: turned to RAS+; else as in the file, for labels. like: an image on whose grid it
+    must lie. UserError if it is no scan.
     """
     with blame(path, "cannot be used", "replace or mend the file"):
         scan = nib.load(path)
         axes, spacing = geometry(scan)
         if like is not None:
             check_grid(scan, like)
-        whole = scan.get_data_dtype().kind in "iu"
-        if is_label and whole and (scan.dataobj.slope, scan.dataobj.inter) == (1, 0):
-            volume = np.asarray(scan.dataobj)  # no way through float32: twice as fast
-        else:
+        volume = scan.dataobj
+        scaled = (volume.slope, volume.inter) != (1, 0)
+        if scaled or scan.get_data_dtype().kind == "f":
             volume = scan.get_fdata(dtype=np.float32, caching="unchanged")
-        volume = volume.reshape(scan.shape[:3])
+        volume = np.asarray(volume).reshape(scan.shape[:3])  # whole numbers as they are
         finite = volume.size and np.isfinite([volume.min(), volume.max()]).all()
         need(finite, "it is empty, or holds NaN or infinity")
         if is_label:
             volume = to_labels(volume)
-    if canonical:  # in one memory order too: then sums, and so results, agree to the bit
-        volume = np.ascontiguousarray(nib.apply_orientation(volume, axes))
-        spacing = spacing[np.argsort(axes[:, 0])]
-    return volume, spacing, scan
+    if not canonical:
+        return volume, spacing, scan
+
+    # To RAS+, in one memory order: then sums, and so results, agree to the bit. Plane by plane, as
+    # the processor's cache holds a plane: several times as fast as at once.
+    volume = nib.apply_orientation(volume, axes)
+    turned = np.empty(volume.shape, np.uint8 if is_label else np.float32)
+    for y in range(volume.shape[1]):
+        turned[:, y] = volume[:, y]
+    return turned, spacing[np.argsort(axes[:, 0])], scan
 
 
 def to_labels(volume):
@@ -1028,13 +1036,14 @@ def resample_labels(labels, shape):
 
 def working_shape(shape, spacing, config, path):
     """Shape of a volume (X, Y, Z) at config.spacing; UserError if memory cannot hold it."""
-    if not config.spacing:
-        return tuple(shape)
-    size = np.rint(shape * spacing / config.spacing).clip(1)
-    known = f"{path}: of shape {tuple(shape)} at {spacing.round(4).tolist()} mm"
-    wanted = f"would have shape {size.astype(int).tolist()} at --spacing {config.spacing}"
-    need(16 * size.prod() < memory_bytes(), f"{known}, it {wanted}: too large; change one of them")
-    return tuple(size.astype(int).tolist())
+    size = np.array(shape)
+    if config.spacing:
+        size = np.rint(shape * spacing / config.spacing).clip(1)
+    size = tuple(int(n) for n in size)
+    what = f"{shape} voxels of {spacing.round(4).tolist()} mm, {size} in --spacing {config.spacing}"
+    fits = 16 * math.prod(size) < memory_bytes()
+    need(fits, f"{path}: has {what}: too many for the memory; change --spacing or the file")
+    return size
 
 
 def preprocess(volume, spacing, config, path):
@@ -1054,11 +1063,10 @@ def doubts(volume, scan, config):
     """Sentences on what may be wrong with a scan that can be read."""
     found = []
     header = scan.header
-    mirrored = (np.linalg.det(scan.affine[:3, :3]) < 0) != (header["pixdim"][0] < 0)
-    if not header["qform_code"] and not header["sform_code"]:
-        found.append("has neither qform nor sform: left and right may be swapped")
-    elif header["qform_code"] and header["sform_code"] and mirrored:
-        found.append("qform and sform mirror each other: left and right may be swapped")
+    codes = (header["qform_code"] > 0, header["sform_code"] > 0)
+    mirrored = np.linalg.det(scan.affine[:3, :3]) * header["pixdim"][0] < 0  # its sign: qform's
+    if not any(codes) or (all(codes) and mirrored):
+        found.append("no qform and sform, or they mirror each other: sides may be swapped")
 
     if config.clip:
         low, high = config.clip
@@ -1073,11 +1081,8 @@ def doubts(volume, scan, config):
 
 def cache_prefix(case, config):
     """How the files of a case in the cache begin: other sources or settings, another name."""
-    sources = []
-    for path in (case.image, case.label):
-        if path:
-            stat = path.stat()
-            sources.append((str(path.resolve()), stat.st_size, stat.st_mtime_ns))
+    files = [path.resolve() for path in (case.image, case.label) if path]
+    sources = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     key = zlib.crc32(repr((sources, config.clip, config.spacing, CACHE_VERSION)).encode())
     return f"{config.cache}/{case.name}-{key}"
 
@@ -1164,12 +1169,12 @@ def cache_bytes(split, config):
             ready = Path(f"{cache_prefix(case, config)}.facts.json").exists()
         except Exception:
             continue
-        voxels = np.prod(shape, dtype=float)
+        voxels = math.prod(shape)
         size = voxels * (3 if case.label else 2)
         total += size
         if not ready:
             missing += size
-        largest = max(largest, voxels, np.prod(scan.shape, dtype=float))
+        largest = max(largest, voxels, math.prod(scan.shape))
     return total, missing, largest
 
 
@@ -1180,11 +1185,12 @@ def prepare(split, config):
     with blame(f"--cache {config.cache}", "cannot be written", "choose another", OSError):
         Path(config.cache).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=config.cache).close()
-    _, missing, largest = cache_bytes(split, config)
+    total, missing, largest = cache_bytes(split, config)
     free = shutil.disk_usage(config.cache).free
     sizes = f"{missing / 1e9:.3g} GB are to be written and {free / 1e9:.3g} GB are free"
     fits = missing < free or not config.check
     need(fits, f"--cache {config.cache}: {sizes}; choose another disk, or --no-check")
+    print(f"cache      {config.cache}, {total / 1e9:.3g} GB; {sizes}")
     volumes = memory_bytes() // (5 * 4 * max(largest, 1))  # that fit, 5 at float32 for a thread
     threads = int(max(1, min(volumes, os.cpu_count() or 1)))
 
@@ -1212,7 +1218,7 @@ def refuse_twins(split):
         for case in cases:
             voxels = (case.facts["checksum"], *case.facts["shape"])
             twin_part, twin = seen.setdefault(voxels, (part, case))
-            if twin is not case:
+            if twin is not case or part != twin_part:
                 sentence = f"{case.image}: has the same voxels as {twin.image}; remove one of them"
                 need(part == twin_part == "unlabelled", sentence)
                 warn(sentence)
@@ -1236,20 +1242,28 @@ def warn_of(cases, config):
 # 9. Augmentation
 # --------------------------------------------------------------------------------------------------
 def spatial_matrix(rng, spacing, chance):
-    """Rotation to 30 degrees and scale 0.7 to 1.4 [nnU-Net], or None: the chance is for both.
+    """Rotation to 30 degrees and scale 0.7 to 1.4, each with this chance [nnU-Net]; None: neither.
 
     Returns (3, 3): offsets in voxels from the centre of a patch to those in the volume. The turn
     is made in mm, as uneven voxels would be sheared otherwise.
     """
-    if rng.random() >= chance:
+    turned, scaled = rng.random(2) < chance
+    if not turned and not scaled:
         return None
-    angles = rng.uniform(-30, 30, 3)
-    turn = spatial.transform.Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
+    matrix = np.eye(3)
+    if turned:
+        angles = rng.uniform(-30, 30, 3)
+        matrix = spatial.transform.Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
+    if scaled:
+        matrix = matrix * below_or_above_one(rng, 0.7, 1.4)
+    return np.diag(1 / np.asarray(spacing)) @ matrix @ np.diag(spacing)
+
+
+def below_or_above_one(rng, low, high):
+    """A random number from low to high, below 1 in half of the cases [nnU-Net]."""
     if rng.random() < 0.5:
-        scale = rng.uniform(0.7, 1)
-    else:
-        scale = rng.uniform(1, 1.4)
-    return scale * np.diag(1 / np.asarray(spacing)) @ turn @ np.diag(spacing)
+        return rng.uniform(low, 1)
+    return rng.uniform(1, high)
 
 
 def warped_box(volume, corner, shape, matrix, outside):
@@ -1268,12 +1282,13 @@ def warped_box(volume, corner, shape, matrix, outside):
 
 
 def augment(patch, rng, chance):
-    """New float32 (x, y, z), intensities changed: nnU-Net's kinds, about its chances and ranges.
+    """New float32 (x, y, z), intensities changed: kinds, chances and ranges of nnU-Net.
 
     patch: z-scored. chance: 0 to 1, scales the chance of each kind.
     """
-    chances = chance * np.array((0.1, 0.1, 0.15, 0.15, 0.25, 0.3))
-    noise, blur, brightness, contrast, coarse, gamma = rng.random(6) < chances
+    chances = np.array([0.1, 0.1, 0.15, 0.15, 0.125, 0.1, 0.3])
+    drawn = rng.random(7) < chance * chances
+    noise, blur, brightness, contrast, coarse, inverted, gamma = drawn
     if noise:
         patch = patch + rng.uniform(0, 0.1) * rng.standard_normal(patch.shape, np.float32)
     if blur:
@@ -1289,13 +1304,20 @@ def augment(patch, rng, chance):
         small = [max(1, round(size * zoom)) for size in patch.shape]
         patch = np.array(patch, np.float32)
         patch = resample(resample(patch, small, "nearest-exact"), patch.shape)
+    if inverted:
+        patch = -gamma_curve(-patch, rng)
     if gamma:
-        sign = -1 if rng.random() < 1 / 3 else 1  # inverted in one of three
-        patch = sign * patch
-        low = patch.min()
-        size = np.ptp(patch) + 1e-6
-        patch = sign * (((patch - low) / size) ** rng.uniform(0.7, 1.5) * size + low)
+        patch = gamma_curve(patch, rng)
     return np.array(patch, np.float32)
+
+
+def gamma_curve(patch, rng):
+    """Raise the intensities, scaled to 0 to 1, to a random power; mean and sd are given back."""
+    power = below_or_above_one(rng, 0.7, 1.5)
+    low = patch.min()
+    size = np.ptp(patch) + 1e-6
+    curved = ((patch - low) / size) ** power
+    return (curved - curved.mean()) / (curved.std() + 1e-6) * patch.std() + patch.mean()
 
 
 # 10. Surfaces
