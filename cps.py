@@ -1322,8 +1322,22 @@ def gamma_curve(patch, rng):
 
 # 10. Surfaces
 # --------------------------------------------------------------------------------------------------
-FLARE22 = {1: 5, 2: 3, 3: 3, 4: 5, 5: 2, 6: 2, 7: 2, 8: 2, 9: 2, 10: 3, 11: 5, 12: 7, 13: 3}  # mm
-FLARE22_TUBES = (5, 6, 10)  # aorta, inferior vena cava, esophagus
+FLARE22 = {  # label: tolerance in mm [FLARE22]
+    1: 5,  # liver
+    2: 3,  # right kidney
+    3: 3,  # spleen
+    4: 5,  # pancreas
+    5: 2,  # aorta
+    6: 2,  # inferior vena cava
+    7: 2,  # right adrenal gland
+    8: 2,  # left adrenal gland
+    9: 2,  # gallbladder
+    10: 3,  # esophagus
+    11: 5,  # stomach
+    12: 7,  # duodenum
+    13: 3,  # left kidney
+}
+FLARE22_TUBES = (5, 6, 10)
 # Code of the 2x2x2 voxels at a corner: the normals of its triangles, times 8, a digit an axis.
 SURFELS = {
     1: "111",
@@ -1363,7 +1377,7 @@ def surfel_areas(spacing):
     mirrors = list(itertools.product((1, -1), repeat=3))
     for code, triangles in SURFELS.items():
         voxels = np.unpackbits(np.uint8(code)).reshape(2, 2, 2)
-        normals = np.array([list(map(int, digits)) for digits in triangles.split()]) / 8
+        normals = np.array([list(digits) for digits in triangles.split()], float) / 8
         for axes, (i, j, k) in itertools.product(turns, mirrors):
             twin = voxels.transpose(axes)[::i, ::j, ::k]
             area = np.linalg.norm(normals[:, axes] * faces, axis=1).sum()
@@ -1403,46 +1417,43 @@ def surface_distances(pred, ref, spacing):
         nearest = tree.query(alone * spacing, workers=-1)[1]
         # Anew from whole numbers, so that a distance at the tolerance is not rounded beyond it.
         offsets = (alone - corners[nearest]) * spacing
-        distances[tuple(alone.T)] = np.sqrt((offsets**2).sum(1))
+        distances[here & ~there] = np.sqrt((offsets**2).sum(1))
         pairs.append((distances[here], areas[code[here]]))
     return pairs
 
 
-def share_within(pairs, tolerance):
-    """The share of the area of both surfaces that is within `tolerance` mm of the other one."""
-    near = sum(areas[distances <= tolerance].sum() for distances, areas in pairs)
-    return float(near / sum(areas.sum() for distances, areas in pairs))
-
-
-def robust_hausdorff(pairs):
-    """mm within which 95 % of each surface's area is: the larger of the two directions."""
-    worst = 0.0
-    for distances, areas in pairs:
+def surface_scores(pred, ref, spacing, tolerance):
+    """Surface Dice and 95 % Hausdorff distance of two bool arrays, from the same distances."""
+    if not pred.any() or not ref.any():
+        return float(pred.any() == ref.any()), nan
+    near = 0.0  # mm2 of both surfaces
+    total = 0.0
+    hd95 = 0.0  # the larger of the two directions
+    for distances, areas in surface_distances(pred, ref, spacing):
+        near += areas[distances <= tolerance].sum()
+        total += areas.sum()
         order = distances.argsort()
         share = areas[order].cumsum() / areas.sum()
         index = min(np.searchsorted(share, 0.95), len(order) - 1)
-        worst = max(worst, distances[order][index])
-    return float(worst)
+        hd95 = max(hd95, distances[order[index]])
+    return float(near / total), float(hd95)
 
 
 def surface_dice(pred, ref, spacing, tolerance):
     """Surface Dice (NSD) of two bool arrays (X, Y, Z): 1 if both are empty, 0 if one is.
 
-    spacing: mm, in array order. tolerance: mm. [google-deepmind/surface-distance, FLARE22]
+    The share of the area of both surfaces that is within `tolerance` mm of the other one. spacing:
+    mm, in array order. [google-deepmind/surface-distance, FLARE22]
     """
-    if not pred.any() or not ref.any():
-        return float(pred.any() == ref.any())
-    return share_within(surface_distances(pred, ref, spacing), tolerance)
+    return surface_scores(pred, ref, spacing, tolerance)[0]
 
 
 def hausdorff95(pred, ref, spacing):
-    """95 % Hausdorff distance in mm of two bool arrays (X, Y, Z), weighted by surface area.
+    """95 % Hausdorff distance in mm of two bool arrays (X, Y, Z): NaN if one is empty.
 
-    NaN if one is empty. spacing: mm, in array order. [google-deepmind/surface-distance]
+    Within it is 95 % of a surface's area. spacing: mm. [google-deepmind/surface-distance]
     """
-    if not pred.any() or not ref.any():
-        return nan
-    return robust_hausdorff(surface_distances(pred, ref, spacing))
+    return surface_scores(pred, ref, spacing, 0)[1]
 
 
 def evaluate_case(pred, ref, spacing, labels=None, tolerances=None, flare22=False):
@@ -1469,21 +1480,18 @@ def evaluate_case(pred, ref, spacing, labels=None, tolerances=None, flare22=Fals
         held = bool(r.any())
         if flare22 and held and label in FLARE22_TUBES:
             z = np.flatnonzero(r.any((0, 1)))
-            slices = slice(z[0], max(z[-1], z[0] + 1))  # the challenge drops the last slice
+            last = max(z[-1], z[0] + 1)
+            slices = slice(z[0], last)  # the challenge drops the last slice
             p = p[:, :, slices]
             r = r[:, :, slices]
 
         overlap = dice(p, r)
-        nsd = float(p.any() == r.any())
+        nsd = nan
         hd95 = nan
-        if tolerance is None:
-            nsd = nan
-        elif p.any() and r.any():
-            pairs = surface_distances(p, r, spacing)
-            nsd = share_within(pairs, tolerance)
-            hd95 = robust_hausdorff(pairs)
+        if tolerance is not None:
+            nsd, hd95 = surface_scores(p, r, spacing, tolerance)
         if flare22:
-            nsd = 0.0 if overlap < 0.2 else float(np.round(nsd, 4))
+            nsd = float(np.round(nsd * (overlap >= 0.2), 4))
             overlap = float(np.round(overlap, 4))
         results[label] = Scores(overlap, nsd, hd95, held)
     return results
@@ -1510,7 +1518,8 @@ def spread(values, digits=4):
 def table(results, head="2 mm", flare22=False):
     """Markdown of {case: {label: Scores}}: a row a label, over the n cases that hold the label.
 
-    head: what the NSD is of. flare22: Dice and NSD over all cases, as in the challenge. Last the mean over the labels.
+    head: of the NSD. flare22: Dice and NSD over all cases, as in the challenge. The last row is the
+    mean over the labels.
     """
     scores = np.array([list(case.values()) for case in results.values()])  # (cases, labels, 4)
     held = scores[:, :, 3] > 0
@@ -1559,15 +1568,15 @@ def phantom_volume(rng, shape=(48, 48, 40)):
     image = np.full(shape, -1000.0)  # air
     label = np.zeros(shape, np.uint8)
     phase = rng.uniform(0.8, 1.2)  # of the contrast agent
-    for number, (centre, radii, hu) in enumerate(BODY + ORGANS, start=1 - len(BODY)):
+    for number, (centre, radii, hu) in enumerate(BODY + ORGANS, start=-3):
         shift = rng.uniform(-0.06, 0.06, 3)
         centre = np.divide(centre, 100)
         radii = np.divide(radii, 100)
         if number > -2:  # neither fat nor muscle
             centre += shift
             radii *= rng.uniform(0.9, 1.1, 3)
-        parts = [((g - c) / r) ** 2 for g, c, r in zip(grid, centre, radii)]
-        inside = sum(parts) < 1  # of an ellipsoid
+        x, y, z = [(g - c) / r for g, c, r in zip(grid, centre, radii)]
+        inside = x**2 + y**2 + z**2 < 1  # of an ellipsoid
         image[inside] = hu * phase * rng.uniform(0.95, 1.05)
         label[inside] = max(0, number)
 
@@ -1579,7 +1588,7 @@ def phantom_volume(rng, shape=(48, 48, 40)):
 
 def make_phantom(folder):
     """Write what is missing of it: 12 labelled (Tr), 24 unlabelled (Un), 4 test cases (Ts)."""
-    for group, (part, count) in enumerate((("Tr", 12), ("Un", 24), ("Ts", 4))):
+    for group, part, count in ((0, "Tr", 12), (1, "Un", 24), (2, "Ts", 4)):
         for number in range(count):
             name = f"phantom{part}{number:02}.nii.gz"
             image, label = phantom_volume(np.random.default_rng((group, number)))
@@ -1592,7 +1601,8 @@ def write_phantom(volume, path):
     """Write a volume of it, unless the file is there."""
     if not path.exists():
         volume = volume[::-1, ::-1].round().astype(np.int16)  # LPS: never RAS+ by luck
-        atomic(path, nib.Nifti1Image(volume, np.diag((-6, -6, 6, 1))).to_filename)
+        scan = nib.Nifti1Image(volume, np.diag((-6, -6, 6, 1)))
+        atomic(path, scan.to_filename)
 
 
 # 12. Runs
@@ -2211,8 +2221,13 @@ def evaluate(
 
     results = {}
     empty = set(missing)
-    labels = FLARE22 if flare22 else None
-    tolerances = FLARE22 if flare22 else tolerance
+    labels = None  # all there are
+    tolerances = tolerance
+    head = f"{tolerance:g} mm"
+    if flare22:
+        labels = FLARE22
+        tolerances = FLARE22
+        head = "FLARE22"
 
     def score(name, path):
         ref, spacing, scan = read_scan(path, is_label=True, canonical=False)
@@ -2232,7 +2247,7 @@ def evaluate(
     absent = Scores(1.0, 1.0, nan, False)  # in neither file of a case
     for name, scores in results.items():
         results[name] = {label: scores.get(label, absent) for label in ids}
-    print(table(results, "FLARE22" if flare22 else f"{tolerance:g} mm", flare22))
+    print(table(results, head, flare22))
     if empty:
         print(f"{len(empty)} of {len(results)} predictions missing or refused: counted as empty")
 
@@ -2279,33 +2294,36 @@ def ablate(
     need(seeds > 0, f"--seeds {seeds}: must be 1 or more")
     need(min(labelled) > 0, f"--labelled {min(labelled)}: must be 1 or more")
     need(config.method == "context", "--method: ablate compares all of them; leave it out")
+    labelled = sorted(set(labelled))
     arms = list(itertools.product(labelled, ("supervised", "cps", "context")))
     arms.append((0, "supervised"))
 
     # All splits are prepared and compared before the first run.
-    config = replace(config, resume=True)
-    if not split_cases(replace(config, method="supervised", labelled=0))["test"]:
-        config = replace(config, test=config.val)
-    runs = []
-    for (number, method), seed in itertools.product(arms, range(config.seed, config.seed + seeds)):
-        out = Path(config.out) / f"{method}-{number or 'all'}-{seed}"
-        own = replace(config, method=method, labelled=number, seed=seed, out=str(out))
-        runs.append((own, prepare(split_cases(own), own)))
-    ids = label_ids(runs[0][1])
-    tests = runs[0][1]["test"]
+    config = dataclasses.replace(config, resume=True)
+    if not split_cases(dataclasses.replace(config, method="supervised", labelled=0))["test"]:
+        config = dataclasses.replace(config, test=config.val)
+    numbers = range(config.seed, config.seed + seeds)
+    splits = {}
+    for number, seed in itertools.product((*labelled, 0), numbers):
+        method = "cps" if number else "supervised"  # all labels: maybe no unlabelled case
+        own = dataclasses.replace(config, labelled=number, seed=seed, method=method)
+        splits[number, seed] = prepare(split_cases(own), own)
+    first = splits[0, config.seed]
+    ids = label_ids(first)
+    tests = first["test"]
     need(tests, "--test 0: ablate scores test cases, and there are none; give a number of them")
-    for own, split in runs:
+    for (_, seed), split in splits.items():
         same = label_ids(split) == ids
-        need(
-            same, f"--labelled: seed {own.seed} has other labels than {ids}; raise it or drop some"
-        )
+        need(same, f"--labelled: seed {seed} has other labels than {ids}; raise it or drop some")
 
     found = {}  # {(method, number): the rows of its runs}
     rows = [("method", "labelled", "seed", *SCORE_COLUMNS)]
-    for own, split in runs:
-        scores = run_scores(own, split)
-        found.setdefault((own.method, own.labelled), []).append(scores)
-        rows += [(own.method, own.labelled, own.seed, *row.values()) for row in scores]
+    for (number, method), seed in itertools.product(arms, numbers):
+        out = f"{config.out}/{method}-{number or 'all'}-{seed}"
+        own = dataclasses.replace(config, method=method, labelled=number, seed=seed, out=out)
+        scores = run_scores(own, splits[number, seed])
+        found.setdefault((method, number), []).append(scores)
+        rows += [(method, number, seed, *row.values()) for row in scores]
     write_csv(Path(config.out) / "ablation.csv", rows)
 
     text = ablation_table(found, (seeds, 2, len(tests), len(ids)), ids)
@@ -2323,8 +2341,9 @@ def run_scores(config, split):
     First those of network A, then those of the mean of both.
     """
     path = Path(config.out) / "scores.csv"
-    settings = replace(config, data="", out="", device="auto")
-    key = str(zlib.crc32(repr((settings, fingerprint(split))).encode()))
+    settings = dataclasses.replace(config, data="", out="", device="auto")
+    key = repr((settings, fingerprint(split)))  # of other settings or scans, scores are others
+    key = str(zlib.crc32(key.encode()))
     rows = read_csv(path) if path.exists() else []
     if not rows or rows[0].get("key") != key:
         done = train(config)
@@ -2345,25 +2364,29 @@ def read_csv(path):
 def ablation_table(found, shape, ids):
     """Markdown of {(method, number): rows of its runs}; shape: seeds, 2, cases, labels."""
     columns = ("method", "labels", "runs", "Dice of A", "HD95 of A, mm", "Dice of A and B")
-    rows = [(*columns, *(f"A, label {label}" for label in ids), "gain of A [95 %]", "minutes")]
+    table = [(*columns, *(f"A, label {label}" for label in ids), "gain of A [95 %]", "minutes")]
     for (method, number), runs in found.items():
         dices = score_array(runs, "dice", shape)
         distances = score_array(runs, "hd95", shape)
-        row = ["upper bound", "all"] if number == 0 else [method, number]
+        row = [method, number] if number else ["upper bound", "all"]
         row.append(len(runs))
-        row.append(spread([mean_dice(table) for table in dices[:, 0]]))
-        row.append(spread([mean_dice(table) for table in distances[:, 0]], 2))
-        row.append(spread([mean_dice(table) for table in dices[:, 1]]))
+        row.append(over_seeds(dices[:, 0]))
+        row.append(over_seeds(distances[:, 0], digits=2))
+        row.append(over_seeds(dices[:, 1]))
         for i in range(len(ids)):
-            row.append(spread([mean_dice(table[:, [i]]) for table in dices[:, 0]]))
-        if method == "supervised":
-            row.append("")
-        else:
+            row.append(over_seeds(dices[:, 0, :, i : i + 1]))
+        gain = ""
+        if method != "supervised":
             base = score_array(found["supervised", number], "dice", shape)
-            row.append(gain_text(dices[:, 0] - base[:, 0]))
-        row.append(f"{np.mean([float(rows[0]['minutes']) for rows in runs]):.1f}")
-        rows.append(row)
-    return markdown(rows)
+            gain = gain_text(dices[:, 0] - base[:, 0])
+        minutes = [float(rows[0]["minutes"]) for rows in runs]
+        table.append((*row, gain, f"{np.mean(minutes):.1f}"))
+    return markdown(table)
+
+
+def over_seeds(tables, digits=4):
+    """Text of mean +- sd over the seeds of scores (seeds, cases, labels)."""
+    return spread([mean_dice(table) for table in tables], digits)
 
 
 def score_array(runs, column, shape):
@@ -2391,8 +2414,9 @@ def gain_text(gain):
     held = np.isfinite(gain[0])  # (cases, labels)
     sums = np.einsum("ds,dc,scl->dl", seed_counts, case_counts, np.nan_to_num(gain))
     counts = seeds * case_counts @ held  # (draws, labels)
-    means = np.divide(sums, counts, out=np.full(sums.shape, nan), where=counts > 0)
-    low, high = np.nanpercentile(np.nanmean(means, axis=1), (2.5, 97.5))
+    with np.errstate(invalid="ignore"):  # 0 / 0, where no case that came holds the label
+        means = np.nanmean(sums / counts, axis=1)
+    low, high = np.nanpercentile(means, (2.5, 97.5))
     return f"{text} [{low:+.4f}, {high:+.4f}]"
 
 
@@ -2405,34 +2429,22 @@ def figure(run, best, cases):
     """Write figure.png: the method on one volume, the curves of the log, some cases."""
     from matplotlib.figure import Figure  # optional
 
-    shown = (run.split["unlabelled"] or cases)[:1]
-    heights = [3.2] * len(shown) + [2.8] + [2.9] * len(cases)  # inches
+    examples = (run.split["unlabelled"] or cases)[:1]
+    heights = [3.2] * len(examples) + [2.8] + [2.9] * len(cases)  # inches
     page = Figure((13, sum(heights)), dpi=150, layout="constrained")
-    parts = page.subfigures(len(heights), squeeze=False, height_ratios=heights)[:, 0]
-    for part, case in zip(parts, shown):
-        draw_method(part.subplots(1, 5), best, case)
-    draw_log(parts[len(shown)].subplots(1, 3), run.rows)
-    for part, case in zip(parts[len(shown) + 1 :], cases):
-        draw_case(part.subplots(1, 5), best, case)
+    rows = list(page.subfigures(len(heights), squeeze=False, height_ratios=heights)[:, 0])
+    for case in examples:
+        draw_method(rows.pop(0).subplots(1, 5), best, case)
+    draw_log(rows.pop(0).subplots(1, 3), run.rows)
+    for row, case in zip(rows, cases):
+        draw_case(row.subplots(1, 5), best, case)
     atomic(run.path("figure.png"), page.savefig)
-
-
-def draw_log(axes, rows):
-    """The curves of the log: the losses, the signs of collapse, Dice."""
-    log = dict(zip(LOG, np.reshape(rows, (-1, len(LOG))).T))
-    columns = (("loss_sup", "loss_cps"), ("agreement", "foreground", "overlap"), ("dice",))
-    for ax, names in zip(axes, columns):
-        for name, style in zip(names, ("o-", "x--", "s:")):
-            known = np.isfinite(log[name])  # Dice is not of each epoch
-            ax.plot(log["step"][known], log[name][known], style, markersize=3, label=name)
-        ax.set_xlabel("step")
-        ax.legend()
 
 
 @torch.inference_mode()
 def draw_method(axes, run, case):
     """Both crops of a volume, what A says on the one, B on the other, and both on the overlap."""
-    from matplotlib import patches
+    from matplotlib.patches import Patch, Rectangle
 
     image = case.array("image")
     patch = np.array(run.config.patch)
@@ -2444,73 +2456,85 @@ def draw_method(axes, run, case):
         crop = cut_box(image, corner, patch, outside=np.float32(0))
         with run.autocast:
             logits = network(torch.from_numpy(crop)[None, None].to(run.device))
-        classes = pseudo_label(logits)[0].cpu().numpy()
+        classes = pseudo_label(logits)[0].cpu()
         crops.append(crop)
         labels.append(np.array([0, *run.ids])[classes])
 
-    # The slice of the overlap with most foreground, in voxels of the volume.
     slices_a, slices_b = overlap_slices(*corners, patch)
-    a = labels[0][slices_a]
-    b = labels[1][slices_b]
-    plane = np.count_nonzero(a + b, (0, 1)).argmax()
-    z = plane + max(corners[0][2], corners[1][2])
+    label_a = labels[0][slices_a]
+    label_b = labels[1][slices_b]
+    both = np.where(label_a == label_b, label_a, -1)
+    plane = np.count_nonzero(both, (0, 1)).argmax()  # of the overlap, with most foreground
+    z = plane + max(corners[0][2], corners[1][2])  # of the volume
 
-    draw(axes[0], case, image[:, :, z], f"{case.name[:12]}: crops of A and B")
-    for corner, style, name in zip(corners, ("-", "--"), "AB"):
-        box = patches.Rectangle(corner[:2] - 0.5, *patch[:2], fill=False, ls=style, color="w", lw=2)
-        axes[0].add_patch(box)
-        axes[0].text(*corner[:2] + patch[:2] / 2, name)
-    for i in range(2):
-        inside = z - corners[i][2]
-        overlay = colours(run.ids, labels[i][:, :, inside])
-        draw(axes[1 + i], case, crops[i][:, :, inside], f"{'AB'[i]} says on its crop", overlay)
-    overlay = colours(run.ids, a[:, :, plane], a[:, :, plane] != b[:, :, plane])
-    draw(axes[3], case, crops[0][slices_a][:, :, plane], "overlap: agree, differ", overlay)
+    whole = image[:, :, z]
+    draw(axes[0], run, case, whole, 0 * whole, f"crops, {case.name[:12]}")
+    for corner, name, colour in zip(corners, "AB", ("cyan", "yellow")):
+        width, height = patch[:2]
+        x, y = corner[:2] - 0.5
+        axes[0].add_patch(Rectangle((x, y), width, height, fill=False, color=colour, lw=2))
+        axes[0].text(x + width / 2, y + 0.85 * height, name, color=colour, size=16)
+    for ax, crop, label, corner, name in zip(axes[1:], crops, labels, corners, "AB"):
+        inside = z - corner[2]
+        draw(ax, run, case, crop[:, :, inside], label[:, :, inside], f"{name} says on its crop")
+    shared = crops[0][slices_a]
+    draw(axes[3], run, case, shared[:, :, plane], both[:, :, plane], "overlap: agree, differ")
 
-    handles = [patches.Patch(color=DIFFER, label="A != B")]
-    for i, label in enumerate(run.ids):
-        colour = LABEL_COLOURS[i % len(LABEL_COLOURS)]
-        handles.append(patches.Patch(color=colour, label=f"label {label}"))
+    handles = []
+    for label, colour in label_colours(run.ids).items():
+        name = f"label {label}" if label > 0 else "A != B"
+        handles.append(Patch(color=colour, label=name))
     axes[4].axis("off")
-    axes[4].legend(handles=handles, loc="center", ncols=1 + len(handles) // 9)
+    axes[4].legend(handles=handles, loc="center", ncols=len(handles) // 9 + 1)
+
+
+def draw_log(axes, rows):
+    """The curves of the log: the losses, the signs of collapse, Dice."""
+    columns = np.reshape(rows, (-1, len(LOG))).T
+    log = dict(zip(LOG, columns))
+    groups = (("loss_sup", "loss_cps"), ("agreement", "foreground", "overlap"), ("dice",))
+    for ax, names in zip(axes, groups):
+        for name, style in zip(names, ("o-", "x--", "s:")):
+            known = np.isfinite(log[name])  # Dice is not of each epoch
+            ax.plot(log["step"][known], log[name][known], style, ms=3, label=name)
+        ax.set_xlabel("step")
+        ax.legend()
 
 
 def draw_case(axes, run, case):
     """Of a validation case the slice with most foreground: image, reference, A, B, A != B."""
-    label = case.array("label")
-    z = np.count_nonzero(label, (0, 1)).argmax()
-    image = case.array("image")[:, :, z]
-    a = segment(run, case.array("image"), networks="a")[:, :, z]
-    b = segment(run, case.array("image"), networks="b")[:, :, z]
-    draw(axes[0], case, image, case.name[:20])  # a longer name would overlap
-    draw(axes[1], case, image, "reference", colours(run.ids, label[:, :, z]))
-    draw(axes[2], case, image, "A", colours(run.ids, a))
-    draw(axes[3], case, image, "B", colours(run.ids, b))
-    draw(axes[4], case, image, "A != B", colours(run.ids, 0 * a, a != b))
+    image = case.array("image")
+    ref = case.array("label")
+    label_a = segment(run, image, networks="a")
+    label_b = segment(run, image, networks="b")
+    differ = -1 * (label_a != label_b)
+
+    z = np.count_nonzero(ref, (0, 1)).argmax()
+    titles = (case.name[:18], "reference", "A", "B", "A != B")  # longer names would overlap
+    for ax, labels, title in zip(axes, (0 * ref, ref, label_a, label_b, differ), titles):
+        draw(ax, run, case, image[:, :, z], labels[:, :, z], title)
 
 
-def colours(ids, labels, differ=False):
-    """RGBA (x, y, 4) of label ids (x, y): nothing on background, DIFFER where A and B do."""
+def draw(ax, run, case, image, labels, title):
+    """A slice (x, y) as radiologists see it: the patient's right at the left, the front above."""
     from matplotlib.colors import to_rgba
 
     overlay = np.zeros((*labels.shape, 4))
-    for i, label in enumerate(ids):
-        overlay[labels == label] = to_rgba(LABEL_COLOURS[i % len(LABEL_COLOURS)], 0.7)
-    overlay[differ] = to_rgba(DIFFER)
-    return overlay
-
-
-def draw(ax, case, image, title, overlay=None):
-    """A slice (x, y) as radiologists see it: the patient's right at the left, the front above."""
+    for label, colour in label_colours(run.ids).items():
+        overlay[labels == label] = to_rgba(colour, 0.7 if label > 0 else 1)
     view = {"origin": "lower", "aspect": case.spacing[1] / case.spacing[0]}
     ax.imshow(image.T.astype(float), "gray", **view)
-    if overlay is not None:
-        ax.imshow(overlay.swapaxes(0, 1), interpolation="nearest", **view)
+    ax.imshow(overlay.swapaxes(0, 1), interpolation="nearest", **view)
     ax.invert_xaxis()
-    ax.set_title(title, parse_math=False)
     ax.set(xticks=[], yticks=[])
-    for x, letter in ((0.02, "R"), (0.92, "L")):
-        ax.text(x, 0.5, letter, color="w", transform=ax.transAxes)
+    ax.set_title(title, parse_math=False)  # a $ in a name is a $
+    ax.text(0.02, 0.5, "R", color="w", transform=ax.transAxes)
+    ax.text(0.98, 0.5, "L", color="w", transform=ax.transAxes, ha="right")
+
+
+def label_colours(ids):
+    """{label id: colour}; -1 is where A and B differ."""
+    return {-1: DIFFER} | dict(zip(ids, itertools.cycle(LABEL_COLOURS)))
 
 
 # 14. Command line
