@@ -1665,6 +1665,7 @@ class Run:
         self.sums = torch.zeros(6, device=self.device)  # of the rows of train_step in this epoch
         self.cases = {}  # part: name: checksums
         self.processes = PROCESSES
+        self.patches = config.batch * PROCESSES  # labelled ones of a step
         self.since = time.monotonic()
 
     def path(self, name):
@@ -1680,7 +1681,17 @@ class Run:
         self.need_finite()
         if RANK:
             return
-        names = ("ids", "one_piece", "step", "best", "rows", "sums", "cases", "processes")
+        names = (
+            "ids",
+            "one_piece",
+            "step",
+            "best",
+            "rows",
+            "sums",
+            "cases",
+            "processes",
+            "patches",
+        )
         state = {key: getattr(self, key) for key in names}
         state["version"] = VERSION
         state["config"] = dataclasses.asdict(self.config)
@@ -1854,6 +1865,11 @@ def fingerprint(split):
 def resumed(last, config, split):
     """The run of last.pt, if it is the one that the config describes; UserError otherwise."""
     run = Run.load(last, **{name: getattr(config, name) for name in MAY_CHANGE})
+    before = f"{run.processes} processes with --batch {run.patches // run.processes}"
+    need(
+        run.patches == config.batch * PROCESSES, f"{last}: was begun by {before}; keep the product"
+    )
+    run.processes = PROCESSES
     for name, value in vars(run.config).items():
         now = getattr(config, name)
         need(
@@ -1861,7 +1877,7 @@ def resumed(last, config, split):
         )
     for part, cases in fingerprint(split).items():
         before = run.cases[part]
-        changed = [n for n in {**before, **cases} if before.get(n) != cases.get(n)]
+        changed = [name for name in before | cases if before.get(name) != cases.get(name)]
         need(not changed, f"{last}: other {part} cases than before: {changed[:5]}; or new --out")
     return run
 
@@ -1932,7 +1948,8 @@ def header(run):
     config = run.config
     gpu = run.device.type == "cuda"
     counts = ", ".join(f"{len(cases)} {part}" for part, cases in run.split.items())
-    print(f"cases      {counts}; labels {run.ids}, one component kept of {run.one_piece}")
+    print("cases     ", counts)
+    print(f"labels     {run.ids}; of {run.one_piece} one component is kept")
     print("settings  ", settings(config))
     step_bytes = protocol(config, len(run.ids) + 1, gpu)
     print(f"run        {config.out} on {run.device}, step {run.step} of {run.steps}")
@@ -1950,8 +1967,9 @@ def settings(config):
     changed = [f"--preset {config.preset}"]
     for name, value in vars(config).items():
         if value != getattr(preset, name) and name not in ("data", "out", "preset", "resume"):
-            words = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            changed.append(f"--{flag(name)} {words}")
+            if isinstance(value, tuple):
+                value = " ".join(map(str, value)) or "auto"
+            changed.append(f"--{flag(name)} {value}")
     return " ".join(changed)
 
 
