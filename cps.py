@@ -60,7 +60,7 @@ import zipfile
 import zlib
 from collections import Counter
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -2048,13 +2048,13 @@ def costs(config, classes, gpu=False):
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     with LiveBytes() as live, FlopCounterMode(display=False) as step:
         train_step(networks, optimisers, batch, 1.0, config, scaler, nullcontext())
-    # Weights beside what the step makes; with mixed precision weights, momenta, gradients in fp32.
-    step_bytes = live.peak + 2 * parameters * (4 if not mixed else 4 + 4 + 2 + 2)
+    # Beside what the step makes: weights and momenta in fp32, and with mixed precision the copies.
+    step_bytes = live.peak + 2 * parameters * (10 if mixed else 8)
     return parameters, forward.get_total_flops(), step.get_total_flops(), step_bytes
 
 
 def report(run):
-    """Test the best checkpoint, print a table and what the run cost; returns the dict of `train`."""
+    """Test the best checkpoint, print scores and what the run cost; returns the dict of `train`."""
     barrier()  # until best.pt is there
     config = run.config
     best = Run.load(run.path("best.pt"), device=config.device)
