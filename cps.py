@@ -486,12 +486,11 @@ def make_pair(config, num_classes):
 
 # 5. Training
 # --------------------------------------------------------------------------------------------------
-def train_step(networks, optimisers, batch, lam, config, scaler, autocast):
-    """The heart: one optimiser step of A and of B on a batch of `Patches`.
+def losses(networks, batch, config, autocast):
+    """L_sup(A) + L_sup(B), L_cps, and statistics of a batch of `Patches`: float scalars.
 
-    Returns float (6,): loss_sup, loss_cps, on the overlaps the share of voxels on which A and B
-    agree and the share of foreground pseudo labels, the mean overlap of the crops, and 1 for a
-    step that counts. All stay on the device: no wait for a GPU.
+    The statistics: on the overlaps, the share of voxels on which A and B agree, and the share of
+    foreground pseudo labels; the mean overlap of two crops.
     """
     network_a, network_b = networks
     target = batch["target"].long()  # (B, x, y, z)
@@ -505,35 +504,22 @@ def train_step(networks, optimisers, batch, lam, config, scaler, autocast):
     unlabelled_a = logits_a[len(target) :]  # (n, K, *P)
     unlabelled_b = logits_b[len(target) :]
 
-    # L_sup(A) + L_sup(B): both learn the true labels.
+    # Both networks learn the true labels.
     sup = dice_ce_loss(labelled_a, target) + dice_ce_loss(labelled_b, target)
+    if not batch["overlaps"]:  # supervised
+        return sup, *sup.new_zeros(4)
 
-    # L_cps: on the overlap of its crops, a pair learns from each other. A mean over the pairs.
-    terms = [sup.new_zeros(4)] if not batch["overlaps"] else []
+    # On the overlap of its crops, a pair learns from each other. A mean over the pairs.
+    rows = []
     for i, (slices_a, slices_b) in enumerate(batch["overlaps"]):
         overlap_a = unlabelled_a[i, None][(..., *slices_a)]  # (1, K, x, y, z)
         overlap_b = unlabelled_b[i, None][(..., *slices_b)]  # the same voxels
         valid = batch["valid"][i, None][(..., *slices_a)]  # (1, x, y, z)
-        loss = cross_pseudo_loss(overlap_a, overlap_b, valid, config.pseudo_loss == "dice_ce")
+        cps = cross_pseudo_loss(overlap_a, overlap_b, valid, config.pseudo_loss == "dice_ce")
         agreement, foreground = shares(overlap_a, overlap_b, valid)
-        overlap = loss.new_tensor(valid.numel() / target[0].numel())
-        terms.append(torch.stack((loss, agreement, foreground, overlap)))
-    cps, *statistics = torch.stack(terms).mean(0)
-
-    # L, one backward for both networks (no graph connects them), a step of each.
-    loss = sup + lam * cps
-    scaler.scale(loss).backward()
-    for network, optimiser in zip(networks, optimisers):
-        scaler.unscale_(optimiser)  # the norm is of true gradients
-        nn.utils.clip_grad_norm_(network.parameters(), config.grad_clip or inf)
-        scaler.step(optimiser)
-        optimiser.zero_grad(set_to_none=True)
-    scaler.update()
-
-    row = torch.stack((sup, cps, *statistics, torch.ones_like(sup))).detach()
-    if scaler.is_enabled():  # fp16 overflows now and then: the scaler skips such a step, so do we
-        row = torch.where(loss.isfinite(), row, 0)
-    return row
+        overlap = cps.new_tensor(valid.numel() / target[0].numel())
+        rows.append(torch.stack((cps, agreement, foreground, overlap)))
+    return sup, *torch.stack(rows).mean(0)
 
 
 def shares(overlap_a, overlap_b, valid):
@@ -545,6 +531,28 @@ def shares(overlap_a, overlap_b, valid):
     agreement = ((label_a == label_b) * share).sum()
     foreground = ((label_a.sign() + label_b.sign()) * share).sum() / 2
     return agreement, foreground
+
+
+def train_step(networks, optimisers, batch, lam, config, scaler, autocast):
+    """The heart: one optimiser step of A and of B on a batch of `Patches`.
+
+    Returns float (6,): what `losses` returns, and 1 for a step that counts. All stay on the
+    device: no wait for a GPU.
+    """
+    sup, cps, *statistics = losses(networks, batch, config, autocast)
+    loss = sup + lam * cps  # L
+    scaler.scale(loss).backward()  # one backward for both networks: no graph connects them
+    for network, optimiser in zip(networks, optimisers):
+        scaler.unscale_(optimiser)  # the norm is of true gradients
+        nn.utils.clip_grad_norm_(network.parameters(), config.grad_clip or inf)
+        scaler.step(optimiser)
+        optimiser.zero_grad(set_to_none=True)
+    scaler.update()
+
+    row = torch.stack((sup, cps, *statistics, torch.ones_like(sup))).detach()
+    if scaler.is_enabled():  # fp16 overflows now and then: the scaler skips such a step, so do we
+        row = torch.where(loss.isfinite(), row, 0)
+    return row
 
 
 def train(config):
@@ -1634,7 +1642,7 @@ class Run:
         self.steps = config.epochs * config.epoch_steps
         self.stop = False  # a signal came
 
-        gpu = config.device != "cpu" and torch.cuda.is_available()  # "auto" takes one
+        gpu = use_gpu(config)
         self.device = torch.device(config.device.replace("auto", "cuda" if gpu else "cpu"))
         torch.backends.cudnn.benchmark = gpu  # one patch size: the search for kernels pays
         self.networks = make_pair(config, len(self.ids) + 1)
@@ -1791,7 +1799,8 @@ def open_run(config):
     last = Path(config.out) / "last.pt"
     fresh = not last.exists()
     need(RANK or config.resume or fresh, f"{config.out}: holds a run; --resume or other --out")
-    barrier()  # the others write only after this check
+    check_memory(config)
+    barrier()  # the others write only after these checks
     split = prepare(split_cases(config), config)  # all is checked before anything is trained
     ids = label_ids(split)
     need(ids, f"{config.data}: all labels are empty; there is nothing to learn")
@@ -1804,8 +1813,7 @@ def open_run(config):
             run = resumed(last, config, split)
         run.split = split
         header(run)
-        if fresh:
-            run.save("last.pt")
+        if fresh and RANK == 0:
             names = {part: list(cases) for part, cases in run.cases.items()}
             texts = {
                 "split.json": json.dumps(names, indent=1),
@@ -1814,6 +1822,7 @@ def open_run(config):
             }
             for name, text in texts.items():
                 atomic(run.path(name), Path.write_text, text, "utf-8")
+            run.save("last.pt")  # the last one: with it, the run has begun
 
         if config.compile:
             run.trained = [torch.compile(network) for network in run.trained]
@@ -1944,21 +1953,31 @@ def barrier():
 
 
 def header(run):
-    """Print what a person wants to know before a long run, and refuse what cannot fit."""
+    """Print what a person wants to know before a long run."""
     config = run.config
     gpu = run.device.type == "cuda"
     counts = ", ".join(f"{len(cases)} {part}" for part, cases in run.split.items())
     print("cases     ", counts)
     print(f"labels     {run.ids}; of {run.one_piece} one component is kept")
     print("settings  ", settings(config))
-    step_bytes = protocol(config, len(run.ids) + 1, gpu)
+    protocol(config, len(run.ids) + 1, gpu)
     print(f"run        {config.out} on {run.device}, step {run.step} of {run.steps}")
     print(*(f"{name:>{width(name)}}" for name in LOG), "left", flush=True)
 
-    free = torch.cuda.mem_get_info(run.device)[0] if gpu else memory_bytes()
-    fits = step_bytes < free or not config.check
-    sizes = f"a step takes {step_bytes / 2**30:.1f} GiB and {free / 2**30:.1f} are free"
+
+def check_memory(config):
+    """Refuse a training of which a step cannot fit, by the count for two classes."""
+    gpu = use_gpu(config)
+    free = torch.cuda.mem_get_info()[0] if gpu else memory_bytes()
+    size = costs(config, 2, gpu)[3]
+    sizes = f"a step takes {size / 2**30:.1f} GiB or more, and {free / 2**30:.1f} are free"
+    fits = size < free or not config.check
     need(fits, f"--patch: {sizes}; use --preset quick, a smaller --patch or --batch, or --no-check")
+
+
+def use_gpu(config):
+    """Whether a run is for a GPU: `auto` takes one that is there."""
+    return config.device != "cpu" and torch.cuda.is_available()
 
 
 def settings(config):
@@ -1969,18 +1988,20 @@ def settings(config):
         if value != getattr(preset, name) and name not in ("data", "out", "preset", "resume"):
             if isinstance(value, tuple):
                 value = " ".join(map(str, value)) or "auto"
-            changed.append(f"--{flag(name)} {value}")
+            if isinstance(value, bool):
+                changed.append(f"--{'' if value else 'no-'}{flag(name)}")
+            else:
+                changed.append(f"--{flag(name)} {value}")
     return " ".join(changed)
 
 
 def protocol(config, classes, gpu):
-    """Print the size and the costs of a training; returns the bytes of a step."""
+    """Print the size and the costs of a training."""
     parameters, patch_flops, step_flops, step_bytes = costs(config, classes, gpu)
     print(
         f"network    {parameters:,} parameters, {patch_flops:.3g} FLOPs for a patch; there are two"
     )
     print(f"step       {step_flops:.3g} FLOPs, {step_bytes / 2**30:.2g} GiB, counted")
-    return step_bytes
 
 
 class LiveBytes(TorchDispatchMode):
@@ -2044,10 +2065,9 @@ def costs(config, classes, gpu=False):
             network.to(torch.bfloat16)
         for key in ("labelled", "crops_a", "crops_b"):
             batch[key] = batch[key].to(torch.bfloat16)
-    optimisers = [torch.optim.SGD(network.parameters(), 0.1, 0.9) for network in networks]
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
     with LiveBytes() as live, FlopCounterMode(display=False) as step:
-        train_step(networks, optimisers, batch, 1.0, config, scaler, nullcontext())
+        sup, cps, *_ = losses(networks, batch, config, nullcontext())
+        (sup + cps).backward()
     # Beside what the step makes: weights and momenta in fp32, and with mixed precision the copies.
     step_bytes = live.peak + 2 * parameters * (10 if mixed else 8)
     return parameters, forward.get_total_flops(), step.get_total_flops(), step_bytes
@@ -2590,7 +2610,7 @@ def attempt(function, *args):
             sentence = f"{error.filename}: {error.strerror}; check the path and its rights"
     except (MemoryError, RuntimeError) as error:  # torch has no type of its own for these
         text = str(error)[:300]
-        if re.search("DataLoader worker|shared memory|shm", text):
+        if re.search(r"DataLoader worker \(pid|shared memory|shm", text):
             sentence = (
                 "--workers: a loader process died or shared memory ran out; lower --workers, or "
                 "raise the container's shared memory (docker run --shm-size 2g)"
