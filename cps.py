@@ -1711,6 +1711,7 @@ class Run:
     @classmethod
     def load(cls, path, **changes):
         """The run of a checkpoint, some fields of its config changed. Code in it is not run."""
+        Config(**changes)  # an impossible flag is not the fault of the checkpoint
         with blame(path, "cannot be loaded", "give best.pt or last.pt of a run"):
             need(not zipfile.ZipFile(path).testzip(), "it is damaged")  # torch would not notice
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -2223,6 +2224,7 @@ def info(config, classes=14):
 
     All is counted, nothing timed; memory is that of a GPU with mixed precision, unless --no-amp.
     """
+    need(2 <= classes <= 256, f"--classes {classes}: must be 2 to 256, with background")
     steps = config.epochs * config.epoch_steps
     print("settings  ", settings(config))
     for name in ("method", "patch", "batch", "clip", "lr", "momentum", "weight_decay", "init_b"):
@@ -2684,18 +2686,18 @@ def check_config(config):
 
     counts = ("batch", "base_channels", "epochs", "epoch_steps", "halve_epochs", "validate_epochs")
     for name in counts:
-        must(name, getattr(config, name) >= 1, "1 or more")
+        must(name, 1 <= getattr(config, name) < 2**31, "1 or more, and less than 2^31")
     amounts = ("labelled", "val", "test", "seed", "lam", "rampup", "intensity", "workers")
     for name in (*amounts, "spatial", "weight_decay", "grad_clip"):
-        must(name, 0 <= getattr(config, name) < inf, "0 or more")
+        must(name, 0 <= getattr(config, name) < 2**31, "0 or more, and less than 2^31")
     for name in ("momentum", "min_overlap"):
         must(name, 0 < getattr(config, name) < 1, "between 0 and 1")
     must("lr", 0 < config.lr < inf, "more than 0")
     must("levels", 1 <= config.levels <= 10, "1 to 10")
 
     stride = 2 ** (config.levels - 1)
-    fits = [size > 0 and size % stride == 0 for size in config.patch]
-    wanted = f"3 multiples of {stride}, not all {stride}"
+    fits = [0 < size <= 4096 and size % stride == 0 for size in config.patch]
+    wanted = f"3 multiples of {stride} up to 4096, not all {stride}"
     must("patch", len(fits) == 3 and all(fits) and max(config.patch) > stride, wanted)
     if config.clip:
         ordered = len(config.clip) == 2 and -inf < config.clip[0] < config.clip[1] < inf
