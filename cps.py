@@ -592,7 +592,7 @@ def train(config):
                 run.save("last.pt")
                 raise KeyboardInterrupt(f"step {run.step} is saved; run this again with --resume")
 
-        if not run.path("best.pt").exists():  # no validation cases, or finished early
+        if not run.split["val"] or not run.path("best.pt").exists():  # or finished early
             run.best = mean_dice(validate(run, run.split["val"]))
             run.save("best.pt")
         return report(run)
@@ -884,13 +884,20 @@ def split_cases(config):
     cases = {case.name: case for case in training}
     for case in others + tests:
         if count[case.name] > 1:
-            folders = case.image.parent.resolve().parts[1:]
-            case.name = "-".join((*folders[-2:], case.name))
+            folder = case.image.parent
+            if folder.is_relative_to(root):  # DATA may move
+                folder = folder.relative_to(root)
+            else:
+                folder = folder.resolve()
+            case.name = "-".join((*folder.parts[-2:], case.name))
         twin = cases.setdefault(case.name, case)
         need(twin is case, f"{case.image}: of the same name as {twin.image}; rename its folder")
 
     if config.split:
         parts = read_split(config.split, cases)
+        if config.labelled:  # the first ones keep their labels
+            parts["unlabelled"] += parts["labelled"][config.labelled :]
+            parts["labelled"] = parts["labelled"][: config.labelled]
     else:
         parts = draw_split(config, [case.name for case in training if case.label])
         parts["unlabelled"] += sorted(case.name for case in training + others if not case.label)
