@@ -53,7 +53,6 @@ import sys
 import tempfile
 import threading
 import time
-import typing
 import warnings
 import weakref
 import zipfile
@@ -63,7 +62,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, get_origin
 
 import nibabel as nib
 import numpy as np
@@ -227,10 +226,9 @@ def overlapping_corners(rng, shape, patch, min_overlap):
     """Draw the corners of two patches of one volume that share at least `min_overlap` of a patch.
 
     rng: numpy Generator. shape, patch: voxels of each axis. Returns two int arrays within
-    [0, shape - patch]. Both corners are 0 on an axis where the volume is smaller than the patch:
-    the two are padded alike there. With offset d and patch P they share prod(1 - |d_a| / P_a).
-    The two are equal only where the volume, or a min_overlap close to 1, leaves no other choice.
-    [ours: the paper does not say how it draws; offsets are bounded, as rejecting would take long]
+    [0, shape - patch], 0 on an axis where the volume is smaller: both are padded alike there. With
+    offset d they share prod(1 - |d_a| / P_a). They are equal only where the volume, or a
+    min_overlap close to 1, leaves no choice. [ours: offsets are bounded, rejecting takes long]
     """
     patch = np.asarray(patch)
     room = np.maximum(np.asarray(shape) - patch, 0)  # for a corner, on each axis
@@ -255,9 +253,7 @@ def overlapping_corners(rng, shape, patch, min_overlap):
 
 def overlap_slices(corner1, corner2, patch):
     """Where the overlap of two patches lies in each: image1[slices1] is image2[slices2], exactly.
-
-    Returns two tuples of slices, in voxels of a patch. ValueError if there is no overlap.
-    """
+    Returns two tuples of slices, in voxels of a patch. ValueError if there is no overlap."""
     offset = np.subtract(corner2, corner1)
     if np.any(abs(offset) >= patch):
         raise ValueError(f"patches at {corner1} and {corner2} do not overlap")
@@ -268,10 +264,8 @@ def overlap_slices(corner1, corner2, patch):
 
 
 def cut_box(volume, corner, shape, outside):
-    """Cut a box out of a volume (X, Y, Z), maybe memory-mapped: only the box is read.
-
-    corner may be negative, and the box may reach beyond the end: `outside` is filled in there.
-    """
+    """Cut a box out of a volume (X, Y, Z), maybe memory-mapped: only the box is read. It may reach
+    beyond the volume, at a negative corner too: `outside` is filled in there."""
     box = np.full(shape, outside)
     low = np.clip(corner, 0, volume.shape)  # of what lies inside the volume
     high = np.clip(corner + shape, 0, volume.shape)
@@ -341,9 +335,7 @@ class Patches(Dataset):
 
     def labelled_patch(self, case, rng, centred):
         """A patch anywhere, or `centred` on a voxel of a random class, for small organs [nnU-Net].
-
-        Where a label lies is asked of labelled cases only: of others it would be a leak.
-        """
+        Where a label lies is asked of labelled cases only: of others it would be a leak."""
         shape = case.array("image").shape
         room = np.maximum(shape - self.patch, 0)
         corner = rng.integers(0, room + 1)
@@ -364,11 +356,8 @@ class Patches(Dataset):
         return self.crops(case, rng, [corner1, corner2])
 
     def crops(self, case, rng, corners):
-        """The crops at one or two corners of a case, augmented.
-
-        They are cut out of one box that is turned and mirrored as a whole, so that the overlap
-        stays a box; intensities are changed crop by crop.
-        """
+        """The crops at one or two corners of a case, augmented: they are cut out of one box that is
+        turned and mirrored as a whole, so that the overlap stays a box; intensities change apart."""
         low = np.min(corners, axis=0)  # the box around them
         size = np.max(corners, axis=0) + self.patch - low
         image = case.array("image")
@@ -397,11 +386,8 @@ class Patches(Dataset):
 # 4. The networks
 # --------------------------------------------------------------------------------------------------
 class Norm(nn.Module):
-    """Instance norm with a weight and a bias for each channel [nnU-Net].
-
-    The same numbers come from instance_norm and from group_norm with groups of one channel. On a
-    CPU the second is faster. On a GPU autocast would run it in fp32 and keep twice the memory.
-    """
+    """Instance norm with a weight and a bias for each channel [nnU-Net]. It is a group_norm of one
+    channel a group as well: faster on a CPU, but autocast would keep it in fp32 on a GPU."""
 
     def __init__(self, channels):
         super().__init__()
@@ -429,10 +415,8 @@ class Block(nn.Sequential):
 
 
 class UNet3D(nn.Module):
-    """Plain 3D U-Net [nnU-Net, without deep supervision].
-
-    (B, C, X, Y, Z), sizes divisible by 2^(levels-1), to logits (B, K, X, Y, Z).
-    """
+    """Plain 3D U-Net: (B, C, X, Y, Z), sizes divisible by 2^(levels-1), to logits (B, K, X, Y, Z).
+    [nnU-Net, without deep supervision]"""
 
     def __init__(self, num_classes, base_channels, levels, in_channels=1):
         super().__init__()
@@ -487,11 +471,9 @@ def make_pair(config, num_classes):
 # 5. Training
 # --------------------------------------------------------------------------------------------------
 def losses(networks, batch, config, autocast):
-    """L_sup(A) + L_sup(B), L_cps, and statistics of a batch of `Patches`: float scalars.
-
-    The statistics: on the overlaps, the share of voxels on which A and B agree, and the share of
-    foreground pseudo labels; the mean overlap of two crops.
-    """
+    """L_sup(A) + L_sup(B), L_cps, and three statistics of a batch of `Patches`, all scalars: on the
+    overlaps the share of voxels on which A and B agree, and that of foreground pseudo labels; and
+    the mean overlap of two crops, as a share of a crop."""
     network_a, network_b = networks
     target = batch["target"].long()  # (B, x, y, z)
 
@@ -534,11 +516,8 @@ def shares(overlap_a, overlap_b, valid):
 
 
 def train_step(networks, optimisers, batch, lam, config, scaler, autocast):
-    """The heart: one optimiser step of A and of B on a batch of `Patches`.
-
-    Returns float (6,): what `losses` returns, and 1 for a step that counts. All stay on the
-    device: no wait for a GPU.
-    """
+    """The heart: one optimiser step of A and of B on a batch of `Patches`. Returns float (6,): what
+    `losses` returns, and 1 for a step that counts. All stay on the device: no wait for a GPU."""
     sup, cps, *statistics = losses(networks, batch, config, autocast)
     loss = sup + lam * cps  # L
     scaler.scale(loss).backward()  # one backward for both networks: no graph connects them
@@ -645,7 +624,14 @@ def window_sums(networks, volume, patch, num_classes, overlap, device, axis, hos
     Windows are visited slab by slab. When the windows of one place along the axis are done, the
     planes before the next place are finished: they are yielded, and the slab moves on.
     """
+    scan = torch.from_numpy(volume).to(device)  # once; windows are cut out there
+    if scan.is_cuda:
+        scan = scan.half()  # as fine as the cache that the networks learned from
     padded = np.maximum(volume.shape, patch)  # a smaller volume is padded at its end
+    if np.any(padded > volume.shape):
+        missing_x, missing_y, missing_z = padded - volume.shape
+        scan = F.pad(scan, (0, missing_z, 0, missing_y, 0, missing_x))
+
     starts = []  # on each axis: steps of (1 - overlap) of a patch, and the last one at the end
     for size, width in zip(padded, patch):
         step = max(1, int(width * (1 - overlap)))
@@ -654,9 +640,6 @@ def window_sums(networks, volume, patch, num_classes, overlap, device, axis, hos
     starts[axis] = [0]  # along the axis, corners are counted from the start of the slab
     corners = list(itertools.product(*starts))
 
-    scan = torch.from_numpy(volume).to(device)  # once; windows are cut out there
-    if scan.is_cuda:
-        scan = scan.half()  # as fine as the cache that the networks learned from
     windows_at_once = 1 if scan.is_cuda else 2  # a CPU takes 2.5 times as long for each one alone
     weight = gaussian(patch).to(device)  # (x, y, z)
     slab_shape = [num_classes, *padded]
@@ -668,10 +651,13 @@ def window_sums(networks, volume, patch, num_classes, overlap, device, axis, hos
     for first, following in zip(firsts, [*firsts[1:], padded[axis]]):
         for i in range(0, len(corners), windows_at_once):
             some = np.array(corners[i : i + windows_at_once])
-            in_volume = some.copy()
-            in_volume[:, axis] += first
-            windows = torch.stack([cut_window(scan, corner, patch) for corner in in_volume])
-            windows = windows[:, None].expand(windows_at_once, 1, *patch)  # the last: maybe twice
+            windows = []
+            for corner in some:
+                box = list(map(slice, corner, corner + patch))
+                box[axis] = slice(first, first + patch[axis])
+                windows.append(scan[tuple(box)].float())
+            windows = torch.stack(windows)[:, None]  # (2, 1, *P)
+            windows = windows.expand(windows_at_once, 1, *patch)  # the last one maybe twice
             for network in networks:
                 logits = network(windows)  # (2, K, *P)
                 for corner, out in zip(some, logits):
@@ -688,18 +674,9 @@ def window_sums(networks, volume, patch, num_classes, overlap, device, axis, hos
             layer[patch[axis] - done :] = 0
 
 
-def cut_window(scan, corner, patch):
-    """The window (x, y, z) of a tensor (X, Y, Z), 0 beyond its end; float32."""
-    box = scan[tuple(map(slice, corner, corner + patch))].float()
-    missing_x, missing_y, missing_z = patch - box.shape
-    return F.pad(box, (0, missing_z, 0, missing_y, 0, missing_x))
-
-
 def gaussian(patch):
-    """Weights (x, y, z) of the voxels of a window: its centre knows most of its surroundings.
-
-    1 at the centre, a standard deviation of an eighth of the patch, at least 0.001 [nnU-Net].
-    """
+    """Weights (x, y, z) of the voxels of a window, whose centre knows most of its surroundings: 1
+    there, a standard deviation of an eighth of the patch, at least 0.001 [nnU-Net]."""
     profiles = []
     for size in patch:
         offset = np.arange(size) - (size - 1) / 2
@@ -709,10 +686,8 @@ def gaussian(patch):
 
 
 def largest_components(labels, ids):
-    """Keep only the largest component (of voxels that share a face) of the labels in `ids`.
-
-    labels: uint8 (X, Y, Z); the other labels stay as they are. Returns a new array.
-    """
+    """Keep only the largest component (of voxels that share a face) of the labels in `ids`; others
+    stay as they are. labels: uint8 (X, Y, Z). Returns a new array."""
     kept = labels.copy()
     for label, box in enumerate(ndimage.find_objects(labels), start=1):
         if box is None or label not in ids:
@@ -726,21 +701,15 @@ def largest_components(labels, ids):
 
 def segment(run, volume, shape=None, networks="a", largest=True):
     """Label ids uint8 of a preprocessed volume (X, Y, Z), on its grid or interpolated to `shape`.
-
     networks: a [CPS], b, or both: the mean of their softmax. largest: keep one component of the
-    labels that are in one piece in the training labels [ours].
-    """
+    labels that are in one piece in the training labels [ours]."""
     network_a, network_b = run.networks
     chosen = {"a": [network_a], "b": [network_b], "both": [network_a, network_b]}[networks]
     with run.autocast:
+        patch = run.config.patch
+        count = len(run.ids) + 1
         classes = sliding_window(
-            chosen,
-            volume,
-            run.config.patch,
-            len(run.ids) + 1,
-            device=run.device,
-            shape=shape,
-            host_bytes=HOST_BYTES,
+            chosen, volume, patch, count, device=run.device, shape=shape, host_bytes=HOST_BYTES
         )
     labels = np.array([0, *run.ids], np.uint8)[classes]
     if largest:
@@ -760,9 +729,7 @@ def dice(pred, ref):
 
 def validate(run, cases):
     """Dice of network A: a table float (cases, labels), NaN where a case does not hold the label.
-
-    Otherwise a network that has forgotten a rare organ would score 1 in all cases without it.
-    """
+    With 1 there, a network that has forgotten a rare organ would win."""
     table = np.full((len(cases), len(run.ids)), nan)
     for row, case in zip(table, cases):
         ref = case.array("label")
@@ -774,10 +741,8 @@ def validate(run, cases):
 
 
 def mean_dice(table):
-    """What chooses the checkpoint: a mean over the cases that hold a label, then over the labels.
-
-    NaN if there is no case. [ours]
-    """
+    """What chooses the checkpoint: a mean over the cases that hold a label, then over the labels;
+    NaN if there is no case. [ours]"""
     means = [column[~np.isnan(column)].mean() for column in table.T if not np.isnan(column).all()]
     return float(np.mean(means)) if means else nan
 
@@ -2757,10 +2722,10 @@ def add_flag(group, field, text):
     options = {"default": argparse.SUPPRESS, "help": f"{text} (default: {default})"}
     if field.type is bool:
         options["action"] = argparse.BooleanOptionalAction
-    elif typing.get_origin(field.type) is Literal:
-        options["choices"] = typing.get_args(field.type)
-    elif typing.get_origin(field.type) is tuple:
-        kind = typing.get_args(field.type)[0]
+    elif get_origin(field.type) is Literal:
+        options["choices"] = get_args(field.type)
+    elif get_origin(field.type) is tuple:
+        kind = get_args(field.type)[0]
         options["nargs"] = "+"
         options["type"] = number_or_word if kind is float else kind
     else:
