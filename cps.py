@@ -357,7 +357,7 @@ class Patches(Dataset):
 
     def crops(self, case, rng, corners):
         """The crops at one or two corners of a case, augmented: they are cut out of one box that is
-        turned and mirrored as a whole, so that the overlap stays a box; intensities change apart."""
+        turned and mirrored as a whole, so that the overlap stays a box; intensities apart."""
         low = np.min(corners, axis=0)  # the box around them
         size = np.max(corners, axis=0) + self.patch - low
         image = case.array("image")
@@ -753,7 +753,7 @@ def mean_dice(table):
 
 # 8. Scans
 # --------------------------------------------------------------------------------------------------
-CACHE_VERSION = 2  # of what the files of the cache hold
+CACHE_VERSION = 3  # of what the files of the cache hold
 PARTS = ("labelled", "unlabelled", "val", "test")
 
 
@@ -805,7 +805,7 @@ def list_scans(path, images=False, ids=()):
 
     if images:
         first = {stem.removesuffix("_0001") for stem in stems - set(ids) if stem.endswith("_0001")}
-        several = sorted(stem for stem in first if f"{stem}_0000" in stems)
+        several = sorted(stem for stem in first if f"{stem}_0000" in stems - set(ids))
         channels = len(several) > 1 or not set(ids).isdisjoint(several)
         need(
             not channels,
@@ -1042,11 +1042,13 @@ def preprocess(volume, spacing, config, path):
 def doubts(volume, scan, config):
     """Sentences on what may be wrong with a scan that can be read."""
     found = []
-    header = scan.header
-    codes = (header["qform_code"] > 0, header["sform_code"] > 0)
-    mirrored = np.linalg.det(scan.affine[:3, :3]) * header["pixdim"][0] < 0  # its sign: qform's
-    if not any(codes) or (all(codes) and mirrored):
-        found.append("no qform and sform, or they mirror each other: sides may be swapped")
+    qform, _ = scan.get_qform(coded=True)  # None where its code is 0
+    sform, _ = scan.get_sform(coded=True)
+    if qform is None and sform is None:
+        found.append("neither qform nor sform is set: left and right may be swapped")
+    both = qform is not None and sform is not None
+    if both and nib.aff2axcodes(qform) != nib.aff2axcodes(sform):
+        found.append("qform and sform disagree: left and right may be swapped")
 
     if config.clip:
         low, high = config.clip
@@ -1061,10 +1063,13 @@ def doubts(volume, scan, config):
 
 def cache_prefix(case, config):
     """How the files of a case in the cache begin: other sources or settings, another name."""
-    files = [path.resolve() for path in (case.image, case.label) if path]
-    sources = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    sources = []
+    for path in (case.image, case.label):
+        if path:
+            stat = path.stat()
+            sources.append((str(path.resolve()), stat.st_size, stat.st_mtime_ns))
     key = zlib.crc32(repr((sources, config.clip, config.spacing, CACHE_VERSION)).encode())
-    return f"{config.cache}/{case.name}-{key}"
+    return str(Path(config.cache) / f"{case.name}-{key}")
 
 
 def prepare_case(case, config):
@@ -1091,11 +1096,11 @@ def fill_cache(case, config):
         "spacing": list(config.spacing or spacing),
         "native": list(spacing),
         "shape": list(volume.shape),
+        "checksum": zlib.crc32(volume),
         "warnings": doubts(volume, scan, config),
     }
     image = preprocess(volume, spacing, config, case.image).astype(np.float16)  # to < 1 HU
     del volume
-    facts["checksum"] = zlib.crc32(image)
     atomic(f"{case.prepared}.image.npy", np.save, image)
     shape = image.shape
     del image
