@@ -51,7 +51,6 @@ import signal
 import sqlite3
 import sys
 import tempfile
-import threading
 import time
 import warnings
 import weakref
@@ -1509,11 +1508,8 @@ def table(results, head="2 mm", flare22=False):
     head: of the NSD. flare22: Dice and NSD over all cases, as in the challenge. The last row is the
     mean over the labels.
     """
-    scores = np.array([list(case.values()) for case in results.values()])  # (cases, labels, 4)
+    scores = score_array(results, all_cases=flare22)  # (cases, labels, 4)
     held = scores[:, :, 3] > 0
-    if not flare22:
-        scores[~held] = nan
-
     rows = [("label", "n", "Dice", f"NSD ({head})", "HD95 mm")]
     for i, label in enumerate(next(iter(results.values()))):
         dices, nsds, distances, _ = scores[:, i].T
@@ -2097,75 +2093,37 @@ def report(run):
 # --------------------------------------------------------------------------------------------------
 
 
-def predict(checkpoint, images, out, networks="a", largest=True, device="auto", efficiency=""):
-    """Segment a scan, or the scans of a folder. Returns the exit code: 1 if some could not be.
-
-    out: a folder, or for one scan the .nii or .nii.gz file to write. networks: a, b or both.
-    efficiency: a CSV file for time, memory and processor use of each case, as FLARE22 counts.
-    """
+def predict(
+    checkpoint: str,  # best.pt or last.pt of a run
+    images: str,  # a NIfTI file or a folder of them
+    out: str,  # folder for the segmentations, or the file for one
+    networks: Literal["a", "b", "both"] = "a",  # both: mean of their softmax, twice the time
+    largest: bool = True,  # one component of each label that was in one piece in training
+    device: str = "auto",  # cpu, cuda, cuda:1, ...
+):
+    """Segment a scan, or the scans of a folder. Returns the exit code: 1 if some could not be."""
     run = Run.load(checkpoint, device=device)
     scans = list_scans(images, images=True)
     out = Path(out)
     to_file = out.name.lower().endswith((".nii", ".nii.gz")) and not out.is_dir()
     need(not to_file or Path(images).is_file(), f"{out}: several scans want a folder, not a file")
-    rows = [("case", "seconds", "peak_mib", "auc_memory_mib_s", "auc_cpu_percent_s")]
 
     def one(name, path):
         target = out if to_file else out / f"{name}.nii.gz"
         same = target.resolve() == path.resolve() or path.parent.resolve() == out.resolve()
         need(not same, f"{path}: is in OUT_DIR; choose another")
-        with Meter(run.device) as meter:
-            volume, spacing, scan = read_scan(path)
-            shape = volume.shape
-            volume = preprocess(volume, spacing, run.config, path)
-            write_like(segment(run, volume, shape, networks, largest), scan, target)
-        rows.append((name, *meter.figures()))
+        volume, spacing, scan = read_scan(path)
+        shape = volume.shape
+        volume = preprocess(volume, spacing, run.config, path)
+        write_like(segment(run, volume, shape, networks, largest), scan, target)
 
-    code = for_each("predicting", scans, one)
-    if efficiency:
-        write_csv(efficiency, rows)
-    return code
+    return for_each("predicting", scans, one)
 
 
-class Meter:
-    """Samples the machine each 0.1 s while a block runs [FLARE22: Evaluation]."""
-
-    def __init__(self, device):
-        self.gpu = device if device.type == "cuda" else None
-        self.memory = []  # MiB of the whole card in use
-        self.done = threading.Event()
-        self.thread = threading.Thread(target=self.sample, daemon=True)
-
-    def sample(self):
-        """Until the block ends; a processor's use needs no samples, its area is all time used."""
-        while not self.done.wait(0.1):
-            if self.gpu:
-                free, total = torch.cuda.mem_get_info(self.gpu)
-                self.memory.append((total - free) / 2**20)
-
-    def __enter__(self):
-        self.start = time.monotonic()
-        self.cpu_start = time.process_time()
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.done.set()
-        self.thread.join()
-        self.seconds = time.monotonic() - self.start
-        self.cpu_seconds = time.process_time() - self.cpu_start
-
-    def figures(self):
-        """Seconds, peak MiB, MiB s, and % s of all logical cores; no memory without a GPU."""
-        cpu = 100 * self.cpu_seconds / os.cpu_count()
-        if not self.memory:
-            return f"{self.seconds:.2f}", "", "", f"{cpu:.1f}"
-        peak = max(self.memory)
-        area = sum(self.memory) * 0.1
-        return f"{self.seconds:.2f}", f"{peak:.0f}", f"{area:.1f}", f"{cpu:.1f}"
-
-
-def export(checkpoint, out):
+def export(
+    checkpoint: str,  # best.pt or last.pt of a run
+    out: str,  # the file to write, model.onnx
+):
     """Write network A as ONNX, for batches of any size, and check it against PyTorch.
 
     Returns the exit code: 1 if a logit differs by more than 1e-3. The settings that it needs (clip,
@@ -2199,17 +2157,20 @@ def export(checkpoint, out):
     return int(difference > 1e-3)
 
 
-def info(config, classes=14):
+def info(
+    config: Config,
+    classes: int = 14,  # with background; 14 are FLARE22's
+):
     """Print what the paper's tables ask for: protocol, parameters, FLOPs, memory of a step.
 
     All is counted, nothing timed; memory is that of a GPU with mixed precision, unless --no-amp.
     """
     need(2 <= classes <= 256, f"--classes {classes}: must be 2 to 256, with background")
-    steps = config.epochs * config.epoch_steps
-    print("settings  ", settings(config))
     for name in ("method", "patch", "batch", "clip", "lr", "momentum", "weight_decay", "init_b"):
         print(f"{name:<12} {getattr(config, name)}")
+    steps = config.epochs * config.epoch_steps
     print(f"schedule     {steps:,} steps, lr halved every {config.halve_epochs} epochs")
+    print("settings  ", settings(config))
     protocol(config, classes, gpu=config.device != "cpu")
 
 
@@ -2218,7 +2179,7 @@ def evaluate(
     references: str,  # the same; cases of two folders go together by name
     flare22: bool = False,  # organs, tolerances and rules of the challenge
     tolerance: float = 2.0,  # of the surface Dice, in mm
-    csv_file: str = "",  # also write the scores of each case to this file
+    csv: str = "",  # file for the scores of each case and label
 ):
     """Dice, surface Dice and HD95 of segmentations. Returns the exit code.
 
@@ -2229,32 +2190,25 @@ def evaluate(
     found = list_scans(predictions)
     if Path(predictions).is_file() and Path(references).is_file():
         found = dict(zip(known, found.values()))  # two files always go together
-
     missing = sorted(known.keys() - found.keys())
     surplus = sorted(found.keys() - known.keys())
-    common = len(known) > len(missing)
-    need(common, f"{predictions}: {surplus[:3]} pair with none of {missing[:3]}; rename them")
+    pairs = len(known) > len(missing)
+    need(pairs, f"{predictions}: {surplus[:3]} pair with none of {missing[:3]}; rename them")
     if surplus:
         warn(f"{predictions}: no reference for {surplus[:5]}, {len(surplus)} in all; not counted")
     if missing:
         warn(f"{predictions}: no prediction for {missing[:5]}, {len(missing)} in all; empty")
 
     results = {}
-    empty = set(missing)
-    labels = None  # all there are
-    tolerances = tolerance
-    head = f"{tolerance:g} mm"
-    if flare22:
-        labels = FLARE22
-        tolerances = FLARE22
-        head = "FLARE22"
+    empty = set(known)
+    labels = FLARE22 if flare22 else None  # None: all there are
+    tolerances = FLARE22 if flare22 else tolerance
 
     def score(name, path):
         ref, spacing, scan = read_scan(path, is_label=True, canonical=False)
         pred = np.zeros_like(ref)
         try:
             if name in found:
-                empty.add(name)
                 pred = read_scan(found[name], is_label=True, canonical=False, like=scan)[0]
                 empty.discard(name)
         finally:  # a refused one is an error, but has its row
@@ -2267,12 +2221,12 @@ def evaluate(
     absent = Scores(1.0, 1.0, nan, False)  # in neither file of a case
     for name, scores in results.items():
         results[name] = {label: scores.get(label, absent) for label in ids}
-    print(table(results, head, flare22))
+    print(table(results, "FLARE22" if flare22 else f"{tolerance:g} mm", flare22))
+    empty &= results.keys()
     if empty:
         print(f"{len(empty)} of {len(results)} predictions missing or refused: counted as empty")
-
-    if csv_file:
-        write_csv(csv_file, [("case", "label", *Scores._fields), *score_rows(results)])
+    if csv:
+        write_csv(csv, [("case", "label", *Scores._fields), *score_rows(results)])
     return code
 
 
@@ -2309,114 +2263,81 @@ def ablate(
 ):
     """Compare supervised, plain CPS, context CPS and an upper bound, all labels, at equal steps.
 
-    Writes ablation.csv and ablation.md into --out. What is done is not done again.
+    Writes ablation.csv and ablation.md into --out. What is trained is not trained again.
     """
     need(seeds > 0, f"--seeds {seeds}: must be 1 or more")
     need(min(labelled) > 0, f"--labelled {min(labelled)}: must be 1 or more")
     need(config.method == "context", "--method: ablate compares all of them; leave it out")
-    labelled = sorted(set(labelled))
-    arms = list(itertools.product(labelled, ("supervised", "cps", "context")))
-    arms.append((0, "supervised"))
-
-    # All splits are prepared and compared before the first run.
-    config = dataclasses.replace(config, resume=True)
-    if not split_cases(dataclasses.replace(config, method="supervised", labelled=0))["test"]:
+    if not split_cases(dataclasses.replace(config, method="supervised"))["test"]:
         config = dataclasses.replace(config, test=config.val)
-    numbers = range(config.seed, config.seed + seeds)
-    splits = {}
-    for number, seed in itertools.product((*labelled, 0), numbers):
-        method = "cps" if number else "supervised"  # all labels: maybe no unlabelled case
-        own = dataclasses.replace(config, labelled=number, seed=seed, method=method)
-        splits[number, seed] = prepare(split_cases(own), own)
-    first = splits[0, config.seed]
-    ids = label_ids(first)
-    tests = first["test"]
-    need(tests, "--test 0: ablate scores test cases, and there are none; give a number of them")
-    for (_, seed), split in splits.items():
-        same = label_ids(split) == ids
-        need(same, f"--labelled: seed {seed} has other labels than {ids}; raise it or drop some")
+    arms = list(itertools.product(sorted(set(labelled)), ("supervised", "cps", "context")))
+    arms.append(("all", "supervised"))
+    configs = {}
+    for (number, method), seed in itertools.product(arms, range(seeds)):
+        own = dataclasses.replace(
+            config,
+            labelled=0 if number == "all" else number,
+            method=method,
+            seed=config.seed + seed,
+            out=f"{config.out}/{method}-{number}-{config.seed + seed}",
+            resume=True,
+        )
+        configs.setdefault((number, method), []).append(own)
+    compare_splits(itertools.chain(*configs.values()))
 
-    found = {}  # {(method, number): the rows of its runs}
-    rows = [("method", "labelled", "seed", *SCORE_COLUMNS)]
-    for (number, method), seed in itertools.product(arms, numbers):
-        out = f"{config.out}/{method}-{number or 'all'}-{seed}"
-        own = dataclasses.replace(config, method=method, labelled=number, seed=seed, out=out)
-        scores = run_scores(own, splits[number, seed])
-        found.setdefault((method, number), []).append(scores)
-        rows += [(method, number, seed, *row.values()) for row in scores]
-    write_csv(Path(config.out) / "ablation.csv", rows)
-
-    text = ablation_table(found, (seeds, 2, len(tests), len(ids)), ids)
-    atomic(Path(config.out) / "ablation.md", Path.write_text, text + "\n", "utf-8")
-    print(f"\n{config.out}/ablation.md, {len(tests)} test cases:\n{text}")
+    columns = ("method", "labels", "runs", "Dice of A", "HD95 of A, mm", "Dice of A and B")
+    rows = [(*columns, "gain of A [95 %]", "minutes")]
+    table = [("method", "labels", "seed", "networks", "case", "label", *Scores._fields)]
+    base = None  # Dice of supervised training with the same labels
+    for (number, method), group in configs.items():
+        scores = []  # of each seed: of A, of the mean of A and B
+        minutes = []
+        for own in group:
+            done = train(own)  # if it is finished, it is only tested
+            results = {"a": done["results"], "both": test_scores(done["run"], done["test"], "both")}
+            scores.append([score_array(found) for found in results.values()])
+            minutes.append(done["minutes"])
+            for networks, found in results.items():
+                table += [(method, number, own.seed, networks, *row) for row in score_rows(found)]
+        dices, _, distances, _ = np.moveaxis(scores, -1, 0)  # (seeds, 2, cases, labels) each
+        gain = ""
+        if method == "supervised":
+            base = dices[:, 0]
+        else:
+            gain = gain_text(dices[:, 0] - base)
+        texts = (over_seeds(dices[:, 0]), over_seeds(distances[:, 0], 2), over_seeds(dices[:, 1]))
+        rows.append((method, number, len(group), *texts, gain, f"{np.mean(minutes):.1f}"))
+    write_csv(f"{config.out}/ablation.csv", table)
+    atomic(f"{config.out}/ablation.md", Path.write_text, markdown(rows) + "\n", "utf-8")
+    print(f"\n{config.out}/ablation.md:\n{markdown(rows)}")
     return 0
 
 
-SCORE_COLUMNS = ("key", "minutes", "networks", "case", "label", *Scores._fields)
+def compare_splits(configs):
+    """Prepare the cases of some runs, and refuse runs without test cases or with other labels."""
+    first = None
+    for config in configs:
+        split = prepare(split_cases(config), config)
+        need(split["test"], "--test 0: there are no test cases to score; give a number of them")
+        ids = label_ids(split)
+        first = first or ids
+        same = (
+            f"--labelled: seed {config.seed} has other labels than {first}; raise it or drop some"
+        )
+        need(ids == first, same)
 
 
-def run_scores(config, split):
-    """Train a run and test it, or read what it scored: the rows of its scores.csv, dicts of text.
-
-    First those of network A, then those of the mean of both.
-    """
-    path = Path(config.out) / "scores.csv"
-    settings = dataclasses.replace(config, data="", out="", device="auto")
-    key = repr((settings, fingerprint(split)))  # of other settings or scans, scores are others
-    key = str(zlib.crc32(key.encode()))
-    rows = read_csv(path) if path.exists() else []
-    if not rows or rows[0].get("key") != key:
-        done = train(config)
-        both = test_scores(done["run"], split["test"], "both")
-        rows = [SCORE_COLUMNS]
-        for networks, results in (("a", done["results"]), ("both", both)):
-            rows += [(key, done["minutes"], networks, *row) for row in score_rows(results)]
-        write_csv(path, rows)
-    return read_csv(path)
-
-
-def read_csv(path):
-    """The rows of a CSV file, each a dict of text."""
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def ablation_table(found, shape, ids):
-    """Markdown of {(method, number): rows of its runs}; shape: seeds, 2, cases, labels."""
-    columns = ("method", "labels", "runs", "Dice of A", "HD95 of A, mm", "Dice of A and B")
-    table = [(*columns, *(f"A, label {label}" for label in ids), "gain of A [95 %]", "minutes")]
-    for (method, number), runs in found.items():
-        dices = score_array(runs, "dice", shape)
-        distances = score_array(runs, "hd95", shape)
-        row = [method, number] if number else ["upper bound", "all"]
-        row.append(len(runs))
-        row.append(over_seeds(dices[:, 0]))
-        row.append(over_seeds(distances[:, 0], digits=2))
-        row.append(over_seeds(dices[:, 1]))
-        for i in range(len(ids)):
-            row.append(over_seeds(dices[:, 0, :, i : i + 1]))
-        gain = ""
-        if method != "supervised":
-            base = score_array(found["supervised", number], "dice", shape)
-            gain = gain_text(dices[:, 0] - base[:, 0])
-        minutes = [float(rows[0]["minutes"]) for rows in runs]
-        table.append((*row, gain, f"{np.mean(minutes):.1f}"))
-    return markdown(table)
+def score_array(results, all_cases=False):
+    """{case: {label: Scores}} as float (cases, labels, 4), NaN where a case lacks the label."""
+    scores = np.array([list(case.values()) for case in results.values()])
+    if not all_cases:
+        scores[scores[:, :, 3] == 0] = nan
+    return scores
 
 
 def over_seeds(tables, digits=4):
     """Text of mean +- sd over the seeds of scores (seeds, cases, labels)."""
     return spread([mean_dice(table) for table in tables], digits)
-
-
-def score_array(runs, column, shape):
-    """A column of the rows of some runs as float (seeds, 2, cases, labels): A's, then of both.
-
-    NaN where the case does not hold the label.
-    """
-    rows = itertools.chain(*runs)
-    values = [float(row[column]) if row["held"] == "1" else nan for row in rows]
-    return np.reshape(values, shape)
 
 
 def gain_text(gain):
@@ -2450,14 +2371,14 @@ def figure(run, best, cases):
     from matplotlib.figure import Figure  # optional
 
     examples = (run.split["unlabelled"] or cases)[:1]
-    heights = [3.2] * len(examples) + [2.8] + [2.9] * len(cases)  # inches
-    page = Figure((13, sum(heights)), dpi=150, layout="constrained")
-    rows = list(page.subfigures(len(heights), squeeze=False, height_ratios=heights)[:, 0])
+    count = len(examples) + 1 + len(cases)
+    page = Figure((13, 3 * count), dpi=150, layout="constrained")
+    rows = iter(page.subfigures(count, squeeze=False)[:, 0])
     for case in examples:
-        draw_method(rows.pop(0).subplots(1, 5), best, case)
-    draw_log(rows.pop(0).subplots(1, 3), run.rows)
-    for row, case in zip(rows, cases):
-        draw_case(row.subplots(1, 5), best, case)
+        draw_method(next(rows).subplots(1, 4), best, case)
+    draw_log(next(rows).subplots(1, 3), run.rows)
+    for case in cases:
+        draw_case(next(rows).subplots(1, 5), best, case)
     atomic(run.path("figure.png"), page.savefig)
 
 
@@ -2476,9 +2397,8 @@ def draw_method(axes, run, case):
         crop = cut_box(image, corner, patch, outside=np.float32(0))
         with run.autocast:
             logits = network(torch.from_numpy(crop)[None, None].to(run.device))
-        classes = pseudo_label(logits)[0].cpu()
         crops.append(crop)
-        labels.append(np.array([0, *run.ids])[classes])
+        labels.append(np.array([0, *run.ids])[pseudo_label(logits)[0].cpu()])
 
     slices_a, slices_b = overlap_slices(*corners, patch)
     label_a = labels[0][slices_a]
@@ -2486,26 +2406,19 @@ def draw_method(axes, run, case):
     both = np.where(label_a == label_b, label_a, -1)
     plane = np.count_nonzero(both, (0, 1)).argmax()  # of the overlap, with most foreground
     z = plane + max(corners[0][2], corners[1][2])  # of the volume
+    draw(axes[0], run, case, image, np.zeros(image.shape), z, f"crops, {case.name[:12]}")
+    draw(axes[3], run, case, crops[0][slices_a], both, plane, "overlap: agree, differ")
+    for i, colour in enumerate(("cyan", "yellow")):
+        corner = corners[i]
+        draw(axes[1 + i], run, case, crops[i], labels[i], z - corner[2], f"{'AB'[i]} on its crop")
+        frame = Rectangle(corner[:2] - 0.5, *patch[:2], fill=False, color=colour, lw=2)
+        axes[0].add_patch(frame)
+        axes[0].annotate("AB"[i], frame.get_center(), color=colour, size=16)
 
-    whole = image[:, :, z]
-    draw(axes[0], run, case, whole, 0 * whole, f"crops, {case.name[:12]}")
-    for corner, name, colour in zip(corners, "AB", ("cyan", "yellow")):
-        width, height = patch[:2]
-        x, y = corner[:2] - 0.5
-        axes[0].add_patch(Rectangle((x, y), width, height, fill=False, color=colour, lw=2))
-        axes[0].text(x + width / 2, y + 0.85 * height, name, color=colour, size=16)
-    for ax, crop, label, corner, name in zip(axes[1:], crops, labels, corners, "AB"):
-        inside = z - corner[2]
-        draw(ax, run, case, crop[:, :, inside], label[:, :, inside], f"{name} says on its crop")
-    shared = crops[0][slices_a]
-    draw(axes[3], run, case, shared[:, :, plane], both[:, :, plane], "overlap: agree, differ")
-
-    handles = []
-    for label, colour in label_colours(run.ids).items():
-        name = f"label {label}" if label > 0 else "A != B"
-        handles.append(Patch(color=colour, label=name))
-    axes[4].axis("off")
-    axes[4].legend(handles=handles, loc="center", ncols=len(handles) // 9 + 1)
+    names = {-1: "A != B"} | {label: f"label {label}" for label in run.ids}
+    colours = label_colours(run.ids)
+    handles = [Patch(color=colours[label], label=name) for label, name in names.items()]
+    axes[3].legend(handles=handles, bbox_to_anchor=(1, 1), loc="upper left")
 
 
 def draw_log(axes, rows):
@@ -2527,29 +2440,29 @@ def draw_case(axes, run, case):
     ref = case.array("label")
     label_a = segment(run, image, networks="a")
     label_b = segment(run, image, networks="b")
-    differ = -1 * (label_a != label_b)
-
     z = np.count_nonzero(ref, (0, 1)).argmax()
     titles = (case.name[:18], "reference", "A", "B", "A != B")  # longer names would overlap
-    for ax, labels, title in zip(axes, (0 * ref, ref, label_a, label_b, differ), titles):
-        draw(ax, run, case, image[:, :, z], labels[:, :, z], title)
+    overlays = (0 * ref, ref, label_a, label_b, -1 * (label_a != label_b))
+    for ax, labels, title in zip(axes, overlays, titles):
+        draw(ax, run, case, image, labels, z, title)
 
 
-def draw(ax, run, case, image, labels, title):
-    """A slice (x, y) as radiologists see it: the patient's right at the left, the front above."""
+def draw(ax, run, case, image, labels, z, title):
+    """Slice z of an image and of labels (X, Y, Z) as radiologists see it: the patient's right at
+    the left, the front above."""
     from matplotlib.colors import to_rgba
 
-    overlay = np.zeros((*labels.shape, 4))
+    overlay = np.zeros((*labels.shape[:2], 4))
     for label, colour in label_colours(run.ids).items():
-        overlay[labels == label] = to_rgba(colour, 0.7 if label > 0 else 1)
+        overlay[labels[:, :, z] == label] = to_rgba(colour, 0.7)
     view = {"origin": "lower", "aspect": case.spacing[1] / case.spacing[0]}
-    ax.imshow(image.T.astype(float), "gray", **view)
+    ax.imshow(image[:, :, z].T.astype(float), "gray", **view)
     ax.imshow(overlay.swapaxes(0, 1), interpolation="nearest", **view)
     ax.invert_xaxis()
     ax.set(xticks=[], yticks=[])
     ax.set_title(title, parse_math=False)  # a $ in a name is a $
-    ax.text(0.02, 0.5, "R", color="w", transform=ax.transAxes)
-    ax.text(0.98, 0.5, "L", color="w", transform=ax.transAxes, ha="right")
+    for x, side in ((0.02, "R"), (0.92, "L")):
+        ax.text(x, 0.5, side, color="w", transform=ax.transAxes)
 
 
 def label_colours(ids):
@@ -2664,15 +2577,15 @@ def check_config(config):
     def must(name, holds, wanted):
         need(holds, f"--{flag(name)} {getattr(config, name)}: must be {wanted}")
 
+    for name, value in vars(config).items():
+        if type(value) in (int, float):
+            must(name, 0 <= value < 2**31, "0 or more, and less than 2^31")
     counts = ("batch", "base_channels", "epochs", "epoch_steps", "halve_epochs", "validate_epochs")
     for name in counts:
-        must(name, 1 <= getattr(config, name) < 2**31, "1 or more, and less than 2^31")
-    amounts = ("labelled", "val", "test", "seed", "lam", "rampup", "intensity", "workers")
-    for name in (*amounts, "spatial", "weight_decay", "grad_clip"):
-        must(name, 0 <= getattr(config, name) < 2**31, "0 or more, and less than 2^31")
+        must(name, getattr(config, name) >= 1, "1 or more")
     for name in ("momentum", "min_overlap"):
         must(name, 0 < getattr(config, name) < 1, "between 0 and 1")
-    must("lr", 0 < config.lr < inf, "more than 0")
+    must("lr", config.lr > 0, "more than 0")
     must("levels", 1 <= config.levels <= 10, "1 to 10")
 
     stride = 2 ** (config.levels - 1)
@@ -2686,10 +2599,9 @@ def check_config(config):
         possible = len(config.spacing) == 3 and all(0.01 <= mm <= 100 for mm in config.spacing)
         must("spacing", possible, "X Y Z in mm, or native")
     must("mirror", set(config.mirror) <= set("xyz"), "some of x, y, z")
-
-    gpus = torch.cuda.device_count() if config.device.startswith("cuda") else 0
-    known = ["auto", "cpu", *["cuda"] * (gpus > 0), *[f"cuda:{i}" for i in range(gpus)]]
-    must("device", config.device in known, "cpu, or a GPU that is there")
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    known = config.device in ("auto", "cpu", *gpus) or (config.device == "cuda" and gpus)
+    must("device", known, "cpu, or a GPU that is there")
 
 
 class Parser(argparse.ArgumentParser):
@@ -2706,85 +2618,70 @@ def number_or_word(text):
     return float(text)
 
 
-def add_config_flags(parser, but=()):
-    """A flag for each field of Config, in the groups of its source; the help is the comment."""
+def add_flags(parser, source, but=()):
+    """A flag for each line `name: type = default,  # help` of a class or a function's head; what
+    has no default is an argument. A comment of one word, on a line of its own, begins a group."""
     group = parser
-    fields = {field.name: field for field in dataclasses.fields(Config)}
-    for line in inspect.getsource(Config).splitlines():
-        heading = re.fullmatch(r"    # (\w+)", line)
-        comment = re.fullmatch(r"    (\w+): .*?  # (.*)", line)
+    parameters = inspect.signature(source).parameters
+    for line in inspect.getsource(source).splitlines():
+        heading = re.fullmatch(r" +# (\w+)", line)
+        comment = re.fullmatch(r" +(\w+): .*?  # (.*)", line)
         if heading:
             group = parser.add_argument_group(heading[1])
-        if comment and comment[1] not in ("data", *but):
-            add_flag(group, fields[comment[1]], comment[2].replace("%", "%%"))
-    parser.add_argument("data", nargs="?", help="folder in MSD / nnU-Net layout; none: a phantom")
+        if comment and comment[1] in parameters and comment[1] not in but:
+            add_flag(group, parameters[comment[1]], comment[2].replace("%", "%%"))
 
 
-def add_flag(group, field, text):
-    """The flag of one field; what is not given is left out, so that presets can fill it in."""
-    default = field.default
+def add_flag(group, parameter, text):
+    """One flag; if it is not given it is left out, so that presets and defaults fill it in."""
+    default = parameter.default
+    kind = parameter.annotation
+    if default is parameter.empty:
+        group.add_argument(parameter.name, help=text)
+        return
+    if parameter.name == "data":
+        group.add_argument("data", nargs="?", help=text)
+        return
     if isinstance(default, tuple):
         default = " ".join(map(str, default))
     if default == "":
         default = "none"
     options = {"default": argparse.SUPPRESS, "help": f"{text} (default: {default})"}
-    if field.type is bool:
+    if kind is bool:
         options["action"] = argparse.BooleanOptionalAction
-    elif get_origin(field.type) is Literal:
-        options["choices"] = get_args(field.type)
-    elif get_origin(field.type) is tuple:
-        kind = get_args(field.type)[0]
+    elif get_origin(kind) is Literal:
+        options["choices"] = get_args(kind)
+    elif get_origin(kind) is tuple:
         options["nargs"] = "+"
-        options["type"] = number_or_word if kind is float else kind
+        options["type"] = get_args(kind)[0]
+        if options["type"] is float:
+            options["type"] = number_or_word
     else:
-        options["type"] = field.type
-    group.add_argument(f"--{flag(field.name)}", **options)
+        options["type"] = kind
+    group.add_argument(f"--{flag(parameter.name)}", **options)
+
+
+COMMANDS = {
+    "train": train,
+    "predict": predict,
+    "evaluate": evaluate,
+    "ablate": ablate,
+    "info": info,
+    "export": export,
+}
 
 
 def build_parser():
-    """The command line: commands, their own flags, and those of Config."""
+    """The command line: each command with the parameters of its function, and those of Config."""
     parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-
-    def add(function):
+    for name, function in COMMANDS.items():
         text = function.__doc__.split("\n\n")[0]
-        return commands.add_parser(
-            function.__name__, help=text, description=text, allow_abbrev=False
-        )
-
-    add_config_flags(add(train))
-
-    p = add(predict)
-    p.add_argument("checkpoint", help="best.pt or last.pt of a run")
-    p.add_argument("images", help="a NIfTI file or a folder of them")
-    p.add_argument("out", help="folder for the segmentations, or the file for one")
-    networks = ("a", "b", "both")
-    p.add_argument("--networks", choices=networks, default="a", help="both: mean, twice the time")
-    on_or_off = argparse.BooleanOptionalAction
-    text = "one component of each label that was in one piece in training"
-    p.add_argument("--largest", action=on_or_off, default=True, help=text)
-    p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
-    p.add_argument("--efficiency", default="", help="CSV file for time, memory, processor use")
-
-    p = add(evaluate)
-    p.add_argument("predictions", help="a NIfTI file or a folder of them")
-    p.add_argument("references", help="the same; files of two folders go together by name")
-    p.add_argument("--flare22", action="store_true", help="organs, tolerances, rules of FLARE22")
-    p.add_argument("--tolerance", type=float, default=2.0, help="of the surface Dice, mm (2)")
-    p.add_argument("--csv", default="", dest="csv_file", help="scores of each case and label")
-
-    p = add(ablate)
-    p.add_argument("--labelled", type=int, nargs="+", default=[2], help="numbers to compare at (2)")
-    p.add_argument("--seeds", type=int, default=3, help="runs of an arm, from --seed on (3)")
-    add_config_flags(p, but=("labelled", "method", "resume"))
-
-    p = add(info)
-    p.add_argument("--classes", type=int, default=14, help="with background (14, of FLARE22)")
-    add_config_flags(p)
-
-    p = add(export)
-    p.add_argument("checkpoint", help="best.pt or last.pt of a run")
-    p.add_argument("out", help="the file to write, model.onnx")
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        add_flags(command, function)
+        own = inspect.signature(function).parameters
+        if "config" in own:
+            add_flags(command, Config, but=own)
     return parser
 
 
@@ -2809,19 +2706,13 @@ def run_command(argv):
     """Read the command line, do what it says; returns the exit code."""
     given = vars(build_parser().parse_args(argv))
     command = given.pop("command")
-    if command == "train":
-        train(config_from(command, **given))
-        return 0
-    if command == "ablate":
-        labelled = given.pop("labelled")
-        seeds = given.pop("seeds")
-        ablate(config_from(command, **given), tuple(labelled), seeds)
-        return 0
-    if command == "info":
-        classes = given.pop("classes")
-        info(config_from(command, **given), classes)
-        return 0
-    return {"predict": predict, "evaluate": evaluate, "export": export}[command](**given)
+    function = COMMANDS[command]
+    own = inspect.signature(function).parameters
+    arguments = {name: given.pop(name) for name in own if name in given}
+    if "config" in own:
+        arguments["config"] = config_from(command, **given)
+    code = function(**arguments)
+    return code if isinstance(code, int) else 0  # train returns its results
 
 
 def main(argv=None):
