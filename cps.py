@@ -904,6 +904,9 @@ def read_split(path, cases):
             known = [name for name in cases if part == "unlabelled" or cases[name].label]
             unknown = sorted(set(names) - set(known))
             need(not unknown, f"its {part} cases {unknown[:5]} are not in DATA, or without a label")
+        count = Counter(itertools.chain(*parts.values()))
+        twice = [name for name in count if count[name] > 1]
+        need(not twice, f"it names {twice[:5]} more than once")
     return parts
 
 
@@ -1591,15 +1594,13 @@ def write_phantom(volume, path):
 
 # 12. Runs
 # --------------------------------------------------------------------------------------------------
-LOG = (
-    *("step", "lr", "lam", "loss_sup", "loss_cps", "agreement", "foreground", "overlap"),
-    *("dice", "seconds"),  # of the validation; of a step, validation included
-)
+# Columns of the log: dice is that of a validation, seconds those of a step, validation included.
+LOG = "step lr lam loss_sup loss_cps agreement foreground overlap dice seconds".split()
 VERSION = 2  # of checkpoints
-MAY_CHANGE = (  # on --resume; a loss that is not finite may want another lr
-    *("data", "unlabelled", "split", "cache", "preset", "batch", "epochs", "lr", "grad_clip"),
-    *("out", "resume", "device", "amp", "compile", "workers", "check"),
-)
+STATE = "ids one_piece step best rows sums cases patches".split()  # of a run, beside its parts
+# Settings that may change on --resume; a loss that is not finite may want another lr.
+MAY_CHANGE = "data unlabelled split cache preset batch epochs lr grad_clip".split()
+MAY_CHANGE += "out resume device amp compile workers check".split()
 HOST_BYTES = 2**29  # a larger slab waits on the host: FLARE allows a card 2048 MiB
 WATTS = {"cpu": 100, "cuda": 400}  # of the machine that trains [assumed]
 CARBON = 0.4  # kg of CO2 eq for a kWh [assumed]
@@ -1627,15 +1628,8 @@ class Run:
             if not gpu:  # 1.4 times as fast; on a GPU the norm would transpose twice
                 network.to(memory_format=torch.channels_last_3d)
         self.trained = self.networks  # or what --compile and torchrun make of them
-        self.optimisers = []
-        for network in self.networks:
-            optimiser = torch.optim.SGD(
-                network.parameters(),
-                momentum=config.momentum,
-                nesterov=True,
-                weight_decay=config.weight_decay,
-            )
-            self.optimisers.append(optimiser)
+        rule = {"momentum": config.momentum, "weight_decay": config.weight_decay, "nesterov": True}
+        self.optimisers = [torch.optim.SGD(n.parameters(), **rule) for n in self.networks]
 
         amp = gpu and config.amp
         bf16 = amp and torch.cuda.get_device_capability(self.device) >= (8, 0)
@@ -1648,9 +1642,7 @@ class Run:
         self.rows = []  # of the log
         self.sums = torch.zeros(6, device=self.device)  # of the rows of train_step in this epoch
         self.cases = {}  # part: name: checksums
-        self.processes = PROCESSES
         self.patches = config.batch * PROCESSES  # labelled ones of a step
-        self.since = time.monotonic()
 
     def path(self, name):
         """Path of a file in the run folder."""
@@ -1665,18 +1657,7 @@ class Run:
         self.need_finite()
         if RANK:
             return
-        names = (
-            "ids",
-            "one_piece",
-            "step",
-            "best",
-            "rows",
-            "sums",
-            "cases",
-            "processes",
-            "patches",
-        )
-        state = {key: getattr(self, key) for key in names}
+        state = {name: getattr(self, name) for name in STATE}
         state["version"] = VERSION
         state["config"] = dataclasses.asdict(self.config)
         state["parts"] = [part.state_dict() for part in self.parts()]
@@ -1714,7 +1695,8 @@ class Run:
             pin_memory=gpu,
         )
         first = self.step
-        self.since = start = time.monotonic()
+        start = time.monotonic()
+        self.since = start  # of the row of the log that is to come
         for batch in loader:
             for key, value in batch.items():
                 if key != "overlaps":
@@ -1736,6 +1718,7 @@ class Run:
         self.need_finite()
         *sums, count = self.sums.tolist()  # waits for a GPU
         need(count, f"{self.config.out}: no step of this epoch had a finite loss; use --no-amp")
+        skipped = self.config.epoch_steps * PROCESSES - count
         means = [value / count for value in sums]
         if self.config.method == "supervised":
             means[1:] = [nan] * 4
@@ -1748,9 +1731,7 @@ class Run:
             return
         write_csv(self.path("log.csv"), [LOG, *self.rows])
         left = timedelta(seconds=int(seconds * (self.steps - self.step)))
-        print(*(f"{value:>{width(name)}.4g}" for name, value in zip(LOG, self.rows[-1])), left)
-        sys.stdout.flush()
-        skipped = self.config.epoch_steps * self.processes - count
+        print(" ".join(f"{value:10.4g}" for value in self.rows[-1]), left, flush=True)
         if skipped:
             print(f"{skipped:.0f} steps overflowed in fp16 and were skipped")
 
@@ -1763,11 +1744,6 @@ class Run:
         stop = torch.tensor(float(self.stop), device=self.device)
         distributed.all_reduce(stop, distributed.ReduceOp.MAX)
         return bool(stop)
-
-
-def width(name):
-    """Of a column of the printed log."""
-    return max(len(name), 9)
 
 
 @contextmanager
@@ -1851,20 +1827,18 @@ def fingerprint(split):
 def resumed(last, config, split):
     """The run of last.pt, if it is the one that the config describes; UserError otherwise."""
     run = Run.load(last, **{name: getattr(config, name) for name in MAY_CHANGE})
-    before = f"{run.processes} processes with --batch {run.patches // run.processes}"
-    need(
-        run.patches == config.batch * PROCESSES, f"{last}: was begun by {before}; keep the product"
-    )
-    run.processes = PROCESSES
+    patches = config.batch * PROCESSES
+    was = f"{last}: was begun with {run.patches} labelled patches a step, not {patches}"
+    need(run.patches == patches, f"{was}: change --batch or the number of processes")
     for name, value in vars(run.config).items():
         now = getattr(config, name)
-        need(
-            value == now, f"{last}: was begun with --{flag(name)} {value}, not {now}; or new --out"
-        )
+        was = f"{last}: was begun with --{flag(name)} {value}, not {now}"
+        need(value == now, f"{was}; use another --out")
     for part, cases in fingerprint(split).items():
         before = run.cases[part]
         changed = [name for name in before | cases if before.get(name) != cases.get(name)]
-        need(not changed, f"{last}: other {part} cases than before: {changed[:5]}; or new --out")
+        was = f"{last}: was begun with other {part} cases, see {changed[:5]}"
+        need(not changed, f"{was}; use another --out")
     return run
 
 
@@ -1939,7 +1913,7 @@ def header(run):
     print("settings  ", settings(config))
     protocol(config, len(run.ids) + 1, gpu)
     print(f"run        {config.out} on {run.device}, step {run.step} of {run.steps}")
-    print(*(f"{name:>{width(name)}}" for name in LOG), "left", flush=True)
+    print(" ".join(f"{name:>10}" for name in LOG), "left", flush=True)
 
 
 def check_memory(config):
@@ -2054,36 +2028,35 @@ def report(run):
     """Test the best checkpoint, print scores and what the run cost; returns the dict of `train`."""
     barrier()  # until best.pt is there
     config = run.config
-    best = Run.load(run.path("best.pt"), device=config.device)
+    path = run.path("best.pt")
+    best = Run.load(path, device=config.device)
+    val = run.split["val"]
     part = "test" if run.split["test"] else "val"
     results = test_scores(best, run.split[part])
-    seconds = sum(row[-1] for row in run.rows) * config.epoch_steps
-    if run.split["val"]:
-        count = len(run.split["val"])
-        print(f"\nbest.pt    mean Dice {best.best:.4f} on the {count} cases that chose it")
-    print(f"\n{len(results)} {part} cases\n{table(results, '2 mm')}\n" if results else "")
+    if val:
+        print(f"\nbest.pt    mean Dice {best.best:.4f} on the {len(val)} cases that chose it")
+    if results:
+        print(f"\n{len(results)} {part} cases\n{table(results)}\n")
     try:
         if RANK == 0:
-            figure(run, best, run.split["val"][:3])
+            figure(run, best, val[:3])
     except (ImportError, AttributeError):  # absent, or old
         print(f"no {config.out}/figure.png: pip install -U matplotlib")
 
+    hours = sum(row[-1] for row in run.rows) * config.epoch_steps / 3600
     watts = WATTS[run.device.type]
-    kwh = seconds / 3600 * watts / 1000
+    kwh = hours * watts / 1000
     cost = f"{kwh:.2g} kWh (time x {watts} W), {kwh * CARBON:.2g} kg CO2 eq (kWh x {CARBON})"
-    print(f"cost       {seconds / 60:.1f} minutes, {cost}")
-    images = Path(config.data) / "imagesTs"
-    if not images.exists():
-        images = Path(config.data) / "imagesTr"
+    print(f"cost       {hours * 60:.1f} minutes, {cost}")
     print(
-        f"next       python cps.py predict {run.path('best.pt')} {images} {config.out}/predictions"
+        f"next       python cps.py predict {path} {config.data}/imagesTr {config.out}/predictions"
     )
     return {
         "best_dice": best.best,
-        "checkpoint": str(run.path("best.pt")),
+        "checkpoint": str(path),
         "steps": run.step,
-        "results": results,  # {case: {label id: scores}}
-        "minutes": seconds / 60,
+        "results": results,  # {case: {label id: Scores}}
+        "minutes": hours * 60,
         "run": best,
         "test": run.split["test"],
     }

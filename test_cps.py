@@ -1671,6 +1671,7 @@ def test_a_split_of_a_file():
         (json.dumps(SPLIT | {"labelled": ["c0", "nobody"]}), "nobody"),
         (json.dumps(SPLIT | {"val": ["u7"]}), "u7"),  # without a label
         (json.dumps(SPLIT | {"val": ["c0"]}), "c0"),  # a leak
+        (json.dumps(SPLIT | {"labelled": ["c0", "c0"]}), "more than once"),
         (json.dumps(SPLIT | {"unlabelled": ["c3"]}), "c3"),
         (json.dumps(SPLIT | {"unlabelled": []}), "unlabelled"),
     ],
@@ -2205,17 +2206,17 @@ def test_the_product_of_batch_and_processes_must_stay(monkeypatch, capsys):
     make_data()
     assert train(epochs=1) == 0
     state = torch.load("run/last.pt", weights_only=True)
-    assert (state["processes"], state["patches"]) == (1, 2)
+    assert state["patches"] == 2
     assert train("--resume", batch=1) == 2
     (error,) = capsys.readouterr().err.splitlines()
-    assert "1 processes" in error and "--batch 2" in error
+    assert "2 labelled patches a step, not 1" in error and "--batch" in error
     monkeypatch.setattr(cps, "PROCESSES", 2)
-    assert train("--resume") == 2 and "1 processes" in capsys.readouterr().err
+    assert train("--resume") == 2 and "processes" in capsys.readouterr().err
 
     config = cps.Config(**TINY | {"batch": 1, "resume": True})
     split = cps.prepare(cps.split_cases(config), config)
     run = cps.resumed(pathlib.Path("run/last.pt"), config, split)
-    assert (run.config.batch, run.processes, run.patches, run.step) == (1, 2, 2, 3)
+    assert (run.config.batch, run.patches, run.step) == (1, 2, 3)
 
 
 @pytest.mark.parametrize("kept", [True, False])
