@@ -167,28 +167,28 @@ def dice_ce_loss(logits, target, ignore_index=-1, dice=True):
     voxels that count in neither part. dice=False: cross-entropy alone. Returns a scalar; 0, and
     not NaN, where all voxels are ignored.
     """
-    valid = target != ignore_index  # (B, x, y, z)
-    target = target.masked_fill(~valid, 0)[:, None]  # (B, 1, x, y, z); ignored: any class will do
-    log_prob = logits.float().log_softmax(dim=1)  # (B, K, x, y, z); half precision would spoil it
+    target = target.flatten(1)[:, None]  # (B, 1, V), V voxels of a patch
+    valid = target != ignore_index  # (B, 1, V)
+    target = target.masked_fill(~valid, 0)  # where it is ignored, any class will do
+    log_prob = logits.flatten(2).float().log_softmax(1)  # (B, K, V); half would spoil it
 
     # Cross-entropy: the mean over the voxels of a patch that are not ignored.
-    nll = -log_prob.gather(1, target)[:, 0] * valid  # (B, x, y, z)
-    voxels = valid.flatten(1).sum(1).clamp(min=1)  # (B,)
-    loss = nll.flatten(1).sum(1) / voxels  # (B,)
+    nll = -log_prob.gather(1, target) * valid  # (B, 1, V)
+    loss = nll.sum(2) / valid.sum(2).clamp(min=1)  # (B, 1)
     if not dice:
         return loss.mean()
 
     # Soft Dice: for each patch and class apart, so that no patch depends on its neighbours.
-    prob = log_prob.exp() * valid[:, None]  # (B, K, x, y, z)
-    one_hot = torch.zeros_like(prob).scatter_(1, target, valid[:, None].to(prob.dtype))
-    prob = prob[:, 1:].flatten(2)  # (B, K-1, xyz), without background
-    one_hot = one_hot[:, 1:].flatten(2)
+    prob = log_prob.exp() * valid  # (B, K, V)
+    one_hot = torch.zeros_like(prob)
+    one_hot.scatter_(1, target, valid.to(prob.dtype))
+    prob = prob[:, 1:]  # (B, K-1, V), without background
+    one_hot = one_hot[:, 1:]
     overlap = (prob * one_hot).sum(2)  # (B, K-1)
     size = prob.sum(2) + one_hot.sum(2)
     # 1e-5: a class that is in neither scores 1 instead of 0 / 0.
     soft_dice = (2 * overlap + 1e-5) / (size + 1e-5)
-    loss = loss + 1 - soft_dice.mean(1)
-    return loss.mean()
+    return (loss[:, 0] + 1 - soft_dice.mean(1)).mean()
 
 
 def pseudo_label(logits):
@@ -238,46 +238,40 @@ def overlapping_corners(rng, shape, patch, min_overlap):
     for axis in rng.permutation(len(patch)):
         # This axis may use up what is left: 1 - |d| / P >= min_overlap / overlap.
         reach = int(patch[axis] * (1 - min_overlap / overlap) + 1e-9)
-        lowest = max(corner1[axis] - reach, 0)
-        highest = min(corner1[axis] + reach, room[axis])
-        choices = np.arange(lowest, highest + 1)
-
-        moved = choices[choices != corner1[axis]]
+        start = corner1[axis]
+        choices = np.arange(max(start - reach, 0), min(start + reach, room[axis]) + 1)
+        moved = choices[choices != start]
         if overlap == 1 and len(moved):  # no offset so far: equal crops would be plain CPS
             choices = moved
         corner2[axis] = rng.choice(choices)
-        overlap *= 1 - abs(corner2[axis] - corner1[axis]) / patch[axis]
+        overlap *= 1 - abs(corner2[axis] - start) / patch[axis]
     return corner1, corner2
 
 
 def overlap_slices(corner1, corner2, patch):
     """Where the overlap of two patches lies in each: image1[slices1] is image2[slices2], exactly.
     Returns two tuples of slices, in voxels of a patch. ValueError if there is no overlap."""
-    offset = np.subtract(corner2, corner1)
-    if np.any(abs(offset) >= patch):
+    offset = np.subtract(corner2, corner1)  # d
+    size = patch - abs(offset)
+    if np.any(size <= 0):
         raise ValueError(f"patches at {corner1} and {corner2} do not overlap")
-    # On an axis, the overlap is [max(0, d), P + min(0, d)) in patch 1. For patch 2, d is -d.
-    slices1 = tuple(map(slice, np.maximum(0, offset), patch + np.minimum(0, offset)))
-    slices2 = tuple(map(slice, np.maximum(0, -offset), patch + np.minimum(0, -offset)))
-    return slices1, slices2
+    # On each axis, the overlap begins where the patch begins that lies further on.
+    return box_at(np.maximum(offset, 0), size), box_at(np.maximum(-offset, 0), size)
+
+
+def box_at(corner, shape):
+    """Slices that cut a box of a shape out of an array."""
+    return tuple(map(slice, corner, np.add(corner, shape)))
 
 
 def cut_box(volume, corner, shape, outside):
     """Cut a box out of a volume (X, Y, Z), maybe memory-mapped: only the box is read. It may reach
     beyond the volume, at a negative corner too: `outside` is filled in there."""
-    box = np.full(shape, outside)
+    result = np.full(shape, outside)
     low = np.clip(corner, 0, volume.shape)  # of what lies inside the volume
     high = np.clip(corner + shape, 0, volume.shape)
-    box[tuple(map(slice, low - corner, high - corner))] = volume[tuple(map(slice, low, high))]
-    return box
-
-
-class Crop(NamedTuple):
-    """A patch as the networks see it."""
-
-    image: np.ndarray  # float32 (x, y, z)
-    target: np.ndarray  # int16 (x, y, z): class, -1 on padding; without a label, 0 or -1
-    overlap: tuple  # slices that cut it to what it shares with the other crop
+    result[box_at(low - corner, high - low)] = volume[box_at(low, high - low)]
+    return result
 
 
 class Patches(Dataset):
@@ -292,51 +286,56 @@ class Patches(Dataset):
         self.config = config
         self.patch = np.array(config.patch)
         self.split = split  # {"labelled": cases, "unlabelled": cases, ...} of section 8
-        self.first = rank * config.batch  # patches are counted over all processes
-        # class_of[label id] is the class; class_of[-1], the last one, keeps padding at -1.
-        self.class_of = np.append(np.searchsorted([0, *ids], range(256)), -1).astype(np.int16)
+        self.ids = ids  # label id of class 1, 2, ...
+        self.rank = rank  # number of this process
 
     def __getitem__(self, step):
-        labelled = []
-        pairs = []
-        for i in range(self.first, self.first + self.config.batch):
-            # All chance comes from (seed, step, i): any step can be made again, alone.
-            rng = np.random.default_rng((self.config.seed, step, i))
+        config = self.config
+        pairs = 0 if config.method == "supervised" else config.batch
+        batch = {
+            "labelled": torch.zeros(config.batch, 1, *config.patch),
+            "target": torch.zeros(config.batch, *config.patch, dtype=torch.int16),
+            "crops_a": torch.zeros(pairs, 1, *config.patch),
+            "crops_b": torch.zeros(pairs, 1, *config.patch),
+            "valid": torch.zeros(pairs, *config.patch, dtype=torch.bool),
+            "overlaps": [],
+        }
+        for i in range(config.batch):
+            # All chance comes from (seed, step, number): any step can be made again, alone.
+            number = self.rank * config.batch + i  # of the patch, over all processes
+            rng = np.random.default_rng((config.seed, step, number))
             which, which_unlabelled = rng.random(2)
 
-            case = self.pick("labelled", which)
-            labelled.append(self.labelled_patch(case, rng, centred=(step + i) % 2 == 1))
+            cases = self.split["labelled"]
+            case = cases[int(which * len(cases))]
+            corner = self.labelled_corner(case, rng, centred=(step + number) % 2 == 1)
+            images, targets = self.crops(case, rng, [corner])
+            batch["labelled"][i, 0] = images[0]
+            batch["target"][i] = targets[0]
+            if not pairs:
+                continue
 
-            if self.config.method != "supervised":
-                case = self.pick("unlabelled", which_unlabelled)
-                crop1, crop2 = self.unlabelled_pair(case, rng)
-                if step % 2 == 0:
-                    pairs.append((crop1, crop2))  # A sees the first, B the second
-                else:
-                    pairs.append((crop2, crop1))
-        return {
-            "labelled": self.stack([crop.image for crop in labelled], np.float32)[:, None],
-            "target": self.stack([crop.target for crop in labelled], np.int16),
-            "crops_a": self.stack([a.image for a, b in pairs], np.float32)[:, None],
-            "crops_b": self.stack([b.image for a, b in pairs], np.float32)[:, None],
-            "valid": self.stack([a.target for a, b in pairs], np.int16) >= 0,
-            "overlaps": [(a.overlap, b.overlap) for a, b in pairs],
-        }
+            cases = self.split["unlabelled"]
+            case = cases[int(which_unlabelled * len(cases))]
+            shape = case.array("image").shape
+            corners = overlapping_corners(rng, shape, self.patch, config.min_overlap)
+            if config.method == "cps":  # equal crops; their intensities still differ
+                corners = (corners[0], corners[0])
+            images, targets = self.crops(case, rng, corners)
+            slices = overlap_slices(*corners, self.patch)
 
-    def stack(self, arrays, dtype):
-        """Tensor (n, *P) of n arrays, also of none."""
-        return torch.from_numpy(np.array(arrays, dtype).reshape(-1, *self.patch))
+            a = step % 2  # A sees the first crop in even steps, the second one in odd steps
+            b = 1 - a
+            batch["crops_a"][i, 0] = images[a]
+            batch["crops_b"][i, 0] = images[b]
+            batch["valid"][i] = targets[a] >= 0
+            batch["overlaps"].append((slices[a], slices[b]))
+        return batch
 
-    def pick(self, part, chance):
-        """A case of a part of the split; chance: 0 to 1."""
-        cases = self.split[part]
-        return cases[int(chance * len(cases))]
-
-    def labelled_patch(self, case, rng, centred):
+    def labelled_corner(self, case, rng, centred):
         """A patch anywhere, or `centred` on a voxel of a random class, for small organs [nnU-Net].
         Where a label lies is asked of labelled cases only: of others it would be a leak."""
-        shape = case.array("image").shape
-        room = np.maximum(shape - self.patch, 0)
+        room = np.maximum(case.array("image").shape - self.patch, 0)
         corner = rng.integers(0, room + 1)
         points = case.array("points")  # int32 (n, 4): label id, x, y, z
         if centred and len(points):
@@ -344,26 +343,18 @@ class Patches(Dataset):
             points = points[points[:, 0] == label]
             centre = points[rng.integers(len(points)), 1:]
             corner = np.clip(centre - self.patch // 2, 0, room)
-        return self.crops(case, rng, [corner])[0]
-
-    def unlabelled_pair(self, case, rng):
-        """Two crops of a volume. Equal ones make plain CPS; their intensities still differ."""
-        shape = case.array("image").shape
-        corner1, corner2 = overlapping_corners(rng, shape, self.patch, self.config.min_overlap)
-        if self.config.method == "cps":
-            corner2 = corner1
-        return self.crops(case, rng, [corner1, corner2])
+        return corner
 
     def crops(self, case, rng, corners):
-        """The crops at one or two corners of a case, augmented: they are cut out of one box that is
-        turned and mirrored as a whole, so that the overlap stays a box; intensities apart."""
-        low = np.min(corners, axis=0)  # the box around them
+        """Images float32 and targets int64, a tensor (x, y, z) for each of one or two corners.
+
+        They are cut out of one box that is turned and mirrored as a whole, so that their overlap
+        stays a box. Intensities are changed apart. Targets: class, -1 on padding; unlabelled: 0.
+        """
+        low = np.min(corners, axis=0)  # of the box around them
         size = np.max(corners, axis=0) + self.patch - low
         image = case.array("image")
-        if case.label:
-            label = case.array("label")
-        else:
-            label = np.broadcast_to(np.uint8(0), image.shape)  # tells the inside from padding
+        label = case.array("label") if case.label else np.zeros(image.shape, np.uint8)
 
         matrix = spatial_matrix(rng, case.spacing, self.config.spatial)
         image = warped_box(image, low, size, matrix, outside=np.float32(0))  # 0 is the mean
@@ -373,30 +364,30 @@ class Patches(Dataset):
                 image = np.flip(image, axis)
                 label = np.flip(label, axis)
 
-        crops = []
-        overlaps = overlap_slices(corners[0], corners[-1], self.patch)
-        for corner, overlap in zip(corners, overlaps):
-            box = tuple(map(slice, corner - low, corner - low + self.patch))
-            changed = augment(image[box], rng, self.config.intensity)
-            crops.append(Crop(changed, self.class_of[label[box]], overlap))
-        return crops
+        images = []
+        targets = []
+        for corner in corners:
+            inside = box_at(corner - low, self.patch)
+            changed = augment(image[inside], rng, self.config.intensity)
+            classes = np.searchsorted([-1, 0, *self.ids], label[inside]) - 1
+            images.append(torch.from_numpy(changed))
+            targets.append(torch.from_numpy(classes))
+        return images, targets
 
 
 # 4. The networks
 # --------------------------------------------------------------------------------------------------
-class Norm(nn.Module):
-    """Instance norm with a weight and a bias for each channel [nnU-Net]. It is a group_norm of one
+class Norm(nn.GroupNorm):
+    """Instance norm with a weight and a bias for each channel [nnU-Net]. It is a group norm of one
     channel a group as well: faster on a CPU, but autocast would keep it in fp32 on a GPU."""
 
     def __init__(self, channels):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
+        super().__init__(channels, channels)
 
     def forward(self, x):
         if x.is_cuda:
-            return F.instance_norm(x, weight=self.weight, bias=self.bias, eps=1e-5)
-        return F.group_norm(x, len(self.weight), self.weight, self.bias, eps=1e-5)
+            return F.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
+        return super().forward(x)
 
 
 class Block(nn.Sequential):
@@ -450,17 +441,16 @@ class UNet3D(nn.Module):
 
 def make_pair(config, num_classes):
     """Networks A and B: one structure, two random draws of the weights, biases 0 [paper]."""
+    normal = {"he": nn.init.kaiming_normal_, "xavier": nn.init.xavier_normal_}
     networks = []
-    for number, scheme in enumerate(("he", config.init_b)):
+    for number, draw in enumerate((normal["he"], normal[config.init_b])):
         with torch.random.fork_rng(devices=[]):  # leaves the caller's generator alone
             # Of one seed, A and B would begin as one network: nothing to learn from each other.
             torch.manual_seed(2 * config.seed + number)
             network = UNet3D(num_classes, config.base_channels, config.levels)
             for name, parameter in network.named_parameters():  # the norms begin as 1 and 0
-                if parameter.ndim == 5 and scheme == "he":
-                    nn.init.kaiming_normal_(parameter)
-                elif parameter.ndim == 5:
-                    nn.init.xavier_normal_(parameter)
+                if parameter.ndim == 5:
+                    draw(parameter)
                 elif name.endswith("bias"):
                     nn.init.zeros_(parameter)
         networks.append(network)
@@ -469,56 +459,39 @@ def make_pair(config, num_classes):
 
 # 5. Training
 # --------------------------------------------------------------------------------------------------
-def losses(networks, batch, config, autocast):
-    """L_sup(A) + L_sup(B), L_cps, and three statistics of a batch of `Patches`, all scalars: on the
-    overlaps the share of voxels on which A and B agree, and that of foreground pseudo labels; and
-    the mean overlap of two crops, as a share of a crop."""
+def train_step(networks, optimisers, batch, lam, config, scaler, autocast):
+    """The heart: one optimiser step of A and of B on a batch of `Patches`.
+
+    Returns float (6,): L_sup(A) + L_sup(B); L_cps; signs of collapse, as `agreement` returns them;
+    the mean overlap of two crops, as a share of a crop; and 1 for a step that counts. They stay on
+    the device: nothing waits for a GPU.
+    """
     network_a, network_b = networks
     target = batch["target"].long()  # (B, x, y, z)
+    sizes = (len(target), len(batch["crops_a"]))  # B labelled patches and n crops
 
-    # One forward for labelled patches and crops: instance norm keeps them apart.
+    # One forward for both: instance norm keeps them apart.
     with autocast:
         logits_a = network_a(torch.cat((batch["labelled"], batch["crops_a"])))  # (B + n, K, *P)
         logits_b = network_b(torch.cat((batch["labelled"], batch["crops_b"])))
-    labelled_a = logits_a[: len(target)]  # (B, K, *P)
-    labelled_b = logits_b[: len(target)]
-    unlabelled_a = logits_a[len(target) :]  # (n, K, *P)
-    unlabelled_b = logits_b[len(target) :]
+    labelled_a, crops_a = logits_a.split(sizes)  # (B, K, *P), (n, K, *P)
+    labelled_b, crops_b = logits_b.split(sizes)
 
     # Both networks learn the true labels.
     sup = dice_ce_loss(labelled_a, target) + dice_ce_loss(labelled_b, target)
-    if not batch["overlaps"]:  # supervised
-        return sup, *sup.new_zeros(4)
 
     # On the overlap of its crops, a pair learns from each other. A mean over the pairs.
-    rows = []
+    pairs = sup.new_zeros(4)  # stays so for `supervised`
     for i, (slices_a, slices_b) in enumerate(batch["overlaps"]):
-        overlap_a = unlabelled_a[i, None][(..., *slices_a)]  # (1, K, x, y, z)
-        overlap_b = unlabelled_b[i, None][(..., *slices_b)]  # the same voxels
-        valid = batch["valid"][i, None][(..., *slices_a)]  # (1, x, y, z)
+        overlap_a = crops_a[(i, None, ..., *slices_a)]  # (1, K, x, y, z)
+        overlap_b = crops_b[(i, None, ..., *slices_b)]  # the same voxels
+        valid = batch["valid"][(i, None, *slices_a)]  # (1, x, y, z)
         cps = cross_pseudo_loss(overlap_a, overlap_b, valid, config.pseudo_loss == "dice_ce")
-        agreement, foreground = shares(overlap_a, overlap_b, valid)
-        overlap = cps.new_tensor(valid.numel() / target[0].numel())
-        rows.append(torch.stack((cps, agreement, foreground, overlap)))
-    return sup, *torch.stack(rows).mean(0)
+        share = cps.new_tensor(valid.numel() / target[0].numel())
+        row = torch.stack((cps, *agreement(overlap_a, overlap_b, valid), share))
+        pairs = pairs + row / len(batch["overlaps"])
 
-
-def shares(overlap_a, overlap_b, valid):
-    """Signs of collapse, on an overlap without its padding: the share of voxels on which A and B
-    agree, and the share of foreground in their pseudo labels. Logits (1, K, x, y, z); scalars."""
-    label_a = pseudo_label(overlap_a)  # (1, x, y, z)
-    label_b = pseudo_label(overlap_b)
-    share = valid / valid.sum().clamp(min=1)  # of a voxel
-    agreement = ((label_a == label_b) * share).sum()
-    foreground = ((label_a.sign() + label_b.sign()) * share).sum() / 2
-    return agreement, foreground
-
-
-def train_step(networks, optimisers, batch, lam, config, scaler, autocast):
-    """The heart: one optimiser step of A and of B on a batch of `Patches`. Returns float (6,): what
-    `losses` returns, and 1 for a step that counts. All stay on the device: no wait for a GPU."""
-    sup, cps, *statistics = losses(networks, batch, config, autocast)
-    loss = sup + lam * cps  # L
+    loss = sup + lam * pairs[0]  # L
     scaler.scale(loss).backward()  # one backward for both networks: no graph connects them
     for network, optimiser in zip(networks, optimisers):
         scaler.unscale_(optimiser)  # the norm is of true gradients
@@ -527,10 +500,21 @@ def train_step(networks, optimisers, batch, lam, config, scaler, autocast):
         optimiser.zero_grad(set_to_none=True)
     scaler.update()
 
-    row = torch.stack((sup, cps, *statistics, torch.ones_like(sup))).detach()
+    row = torch.stack((sup, *pairs, torch.ones_like(sup))).detach()
     if scaler.is_enabled():  # fp16 overflows now and then: the scaler skips such a step, so do we
         row = torch.where(loss.isfinite(), row, 0)
     return row
+
+
+def agreement(overlap_a, overlap_b, valid):
+    """Signs of collapse, on an overlap without its padding: the share of voxels on which A and B
+    agree, and the share of foreground in their pseudo labels. Logits (1, K, x, y, z); scalars."""
+    label_a = pseudo_label(overlap_a)  # (1, x, y, z)
+    label_b = pseudo_label(overlap_b)
+    share = valid / valid.sum().clamp(min=1)  # of a voxel
+    equal = ((label_a == label_b) * share).sum()
+    foreground = ((label_a.sign() + label_b.sign()) * share).sum() / 2
+    return equal, foreground
 
 
 def train(config):
@@ -556,7 +540,7 @@ def train(config):
 
             # Evaluate, log, save
             if run.step % config.epoch_steps == 0:
-                epoch = run.step // config.epoch_steps
+                epoch += 1  # those that are done
                 score = nan
                 if epoch % config.validate_epochs == 0 or epoch == config.epochs:
                     score = mean_dice(validate(run, run.split["val"]))
@@ -580,97 +564,91 @@ def train(config):
 # --------------------------------------------------------------------------------------------------
 @torch.inference_mode()
 def sliding_window(
-    networks, volume, patch, num_classes, overlap=0.5, device="cpu", shape=None, host_bytes=inf
+    networks, volume, patch, num_classes, overlap=0.5, device="cpu", shape=None, host_bytes=2**29
 ):
     """Segment a preprocessed volume, float (X, Y, Z), of any size: classes, uint8 (X, Y, Z).
 
     A voxel gets the class of the largest mean softmax, over all windows around it (weighted by a
     Gaussian) and all networks. shape: size of the result, where it differs: probabilities are
     interpolated to it, edges aligned. Memory does not grow with the length of the scan: no
-    (K, X, Y, Z) volume exists, only a slab of it, on the host if it is larger than `host_bytes`.
+    (K, X, Y, Z) volume exists, only a slab of it, on the host if it is larger than `host_bytes`
+    (FLARE allows a card 2048 MiB).
     """
     patch = np.asarray(patch)
-    shape = shape or volume.shape
     axis = int(np.argmin(patch / np.maximum(volume.shape, patch)))  # a slab is smallest across it
-    planes = window_sums(networks, volume, patch, num_classes, overlap, device, axis, host_bytes)
-    resized = tuple(shape) != volume.shape
-
-    result = np.zeros(shape, np.uint8)
+    result = np.zeros(shape or volume.shape, np.uint8)
     result_planes = np.moveaxis(result, axis, 0)  # a view
     # Where the centres of the result's planes lie among those of the volume.
-    position = (np.arange(shape[axis]) + 0.5) * volume.shape[axis] / shape[axis] - 0.5
-    position = np.clip(position, 0, volume.shape[axis] - 1)
+    size = volume.shape[axis]
+    position = (np.arange(len(result_planes)) + 0.5) * size / len(result_planes) - 0.5
+    position = position.clip(0, size - 1)
 
-    before = None
+    planes = window_sums(networks, volume, patch, num_classes, overlap, device, host_bytes, axis)
+    before = 0.0  # the plane before; the first one has none
     for number, plane in enumerate(planes):  # (K, y, z), if the axis is x
-        if resized:
-            plane = plane / plane.sum(0)  # sums become probabilities
-        if before is None:
-            before = plane
-        for i in np.flatnonzero(np.ceil(position) == number):  # between the last plane and this
-            mixed = torch.lerp(before, plane, float(position[i] - number + 1))
-            if resized:
-                mixed = F.interpolate(mixed[None], result_planes.shape[1:], mode="bilinear")[0]
-            # No division by the sum of the weights: at a voxel, it is the same for all classes.
+        # No division by the sum of the weights: at a voxel, it is the same for all classes. Only
+        # where neighbours are mixed, sums must become probabilities.
+        if result.shape != volume.shape:
+            plane = plane / plane.sum(0)
+            plane = F.interpolate(plane[None], result_planes.shape[1:], mode="bilinear")[0]
+        for i in np.flatnonzero(np.ceil(position) == number):  # from the plane before to this one
+            share = 1 + position[i] - number
+            mixed = share * plane + (1 - share) * before
             result_planes[i] = mixed.argmax(0).byte().cpu()
         before = plane
     return result
 
 
-def window_sums(networks, volume, patch, num_classes, overlap, device, axis, host_bytes):
-    """Yield the weighted softmax sums of a volume plane by plane along an axis: float (K, y, z).
+def window_sums(networks, volume, patch, num_classes, overlap, device, host_bytes, axis):
+    """Yield, plane by plane along the axis, the sums over all windows of softmax x Gaussian:
+    float32 (K, y, z), if the axis is x.
 
-    Windows are visited slab by slab. When the windows of one place along the axis are done, the
-    planes before the next place are finished: they are yielded, and the slab moves on.
+    Windows are visited slab by slab. When those that begin in one plane are done, the planes
+    before the next beginning are finished: they are given away.
     """
+    inside = [slice(size) for size in np.delete(volume.shape, axis)]
+    missing = np.maximum(patch - volume.shape, 0)
+    if missing.any():  # a smaller volume is padded at its end
+        volume = np.pad(volume, [(0, size) for size in missing])
     scan = torch.from_numpy(volume).to(device)  # once; windows are cut out there
     if scan.is_cuda:
         scan = scan.half()  # as fine as the cache that the networks learned from
-    padded = np.maximum(volume.shape, patch)  # a smaller volume is padded at its end
-    if np.any(padded > volume.shape):
-        missing_x, missing_y, missing_z = padded - volume.shape
-        scan = F.pad(scan, (0, missing_z, 0, missing_y, 0, missing_x))
 
     starts = []  # on each axis: steps of (1 - overlap) of a patch, and the last one at the end
-    for size, width in zip(padded, patch):
+    for size, width in zip(volume.shape, patch):
         step = max(1, int(width * (1 - overlap)))
         starts.append([*range(0, size - width, step), size - width])
-    firsts = starts[axis]
-    starts[axis] = [0]  # along the axis, corners are counted from the start of the slab
-    corners = list(itertools.product(*starts))
 
-    windows_at_once = 1 if scan.is_cuda else 2  # a CPU takes 2.5 times as long for each one alone
-    weight = gaussian(patch).to(device)  # (x, y, z)
-    slab_shape = [num_classes, *padded]
-    slab_shape[axis + 1] = patch[axis]
-    large = 4 * np.prod(slab_shape, dtype=float) > host_bytes
-    slab = torch.zeros(*slab_shape, device="cpu" if large else device)
-    planes = slab.movedim(axis + 1, 1)  # (K, p, y, z), a view
+    plane_shape = (num_classes, *np.delete(volume.shape, axis))
+    slab_bytes = 4 * patch[axis] * math.prod(plane_shape)
+    slab_device = "cpu" if slab_bytes > host_bytes else device
+    weight = gaussian(patch).to(device)
+    at_once = 1 if scan.is_cuda else 2  # a CPU takes 2.5 times as long for each window alone
 
-    for first, following in zip(firsts, [*firsts[1:], padded[axis]]):
-        for i in range(0, len(corners), windows_at_once):
-            some = np.array(corners[i : i + windows_at_once])
-            windows = []
-            for corner in some:
-                box = list(map(slice, corner, corner + patch))
-                box[axis] = slice(first, first + patch[axis])
-                windows.append(scan[tuple(box)].float())
-            windows = torch.stack(windows)[:, None]  # (2, 1, *P)
-            windows = windows.expand(windows_at_once, 1, *patch)  # the last one maybe twice
-            for network in networks:
-                logits = network(windows)  # (2, K, *P)
-                for corner, out in zip(some, logits):
-                    box = (..., *map(slice, corner, corner + patch))
-                    slab[box] += out.float().softmax(0).mul_(weight).to(slab.device)
-                del logits, out  # else they stay in memory beside those of the next windows
+    slab = []  # the planes that windows which begin in plane `first` cover
+    for first, following in itertools.pairwise([*starts[axis], volume.shape[axis]]):
+        while len(slab) < patch[axis]:
+            slab.append(torch.zeros(plane_shape, device=slab_device))
+        starts[axis] = [first]
+        corners = list(itertools.product(*starts))
+        for i in range(0, len(corners), at_once):
+            boxes = [box_at(corner, patch) for corner in corners[i : i + at_once]]
+            windows = torch.stack([scan[box] for box in boxes])[:, None].float()  # (2, 1, *P)
+            windows = windows.expand(at_once, 1, *patch)  # the last one maybe twice
+            add_windows(slab, axis, boxes, networks, windows, weight)
+        for _ in range(following - first):
+            yield slab.pop(0)[(..., *inside)]
 
-        done = following - first
-        for i in range(min(done, volume.shape[axis] - first)):  # not the padding
-            inside = [slice(size) for size in np.delete(volume.shape, axis)]
-            yield planes[(slice(None), i, *inside)].clone()
-        for layer in planes:  # class by class: all at once would take half a slab more
-            layer[: patch[axis] - done] = layer[done:].clone()
-            layer[patch[axis] - done :] = 0
+
+def add_windows(slab, axis, boxes, networks, windows, weight):
+    """Add softmax x weight of the windows at some boxes to the planes of a slab. On its own, so
+    that logits are freed before the next windows come."""
+    for network in networks:
+        for box, logits in zip(boxes, network(windows)):  # (K, *P)
+            prob = logits.float().softmax(0).mul_(weight).to(slab[0].device)
+            place = (..., *np.delete(box, axis))  # in a plane
+            for plane, part in zip(slab, prob.unbind(axis + 1)):  # (K, Y, Z), (K, y, z)
+                plane[place] += part
 
 
 def gaussian(patch):
@@ -688,13 +666,11 @@ def largest_components(labels, ids):
     """Keep only the largest component (of voxels that share a face) of the labels in `ids`; others
     stay as they are. labels: uint8 (X, Y, Z). Returns a new array."""
     kept = labels.copy()
-    for label, box in enumerate(ndimage.find_objects(labels), start=1):
-        if box is None or label not in ids:
-            continue
-        components, _ = ndimage.label(labels[box] == label)
-        sizes = np.bincount(components.ravel())
-        sizes[0] = 0  # is what has another label
-        kept[box][(components > 0) & (components != sizes.argmax())] = 0
+    for label, place in label_boxes(labels).items():
+        if label in ids:
+            components, _ = ndimage.label(labels[place] == label)  # 0 where the label is not
+            largest = np.bincount(components[components > 0]).argmax()
+            kept[place][(components > 0) & (components != largest)] = 0
     return kept
 
 
@@ -702,15 +678,12 @@ def segment(run, volume, shape=None, networks="a", largest=True):
     """Label ids uint8 of a preprocessed volume (X, Y, Z), on its grid or interpolated to `shape`.
     networks: a [CPS], b, or both: the mean of their softmax. largest: keep one component of the
     labels that are in one piece in the training labels [ours]."""
-    network_a, network_b = run.networks
-    chosen = {"a": [network_a], "b": [network_b], "both": [network_a, network_b]}[networks]
+    chosen = {"a": run.networks[:1], "b": run.networks[1:], "both": run.networks}[networks]
+    ids = np.array([0, *run.ids], np.uint8)  # of the classes
+    patch = run.config.patch
     with run.autocast:
-        patch = run.config.patch
-        count = len(run.ids) + 1
-        classes = sliding_window(
-            chosen, volume, patch, count, device=run.device, shape=shape, host_bytes=HOST_BYTES
-        )
-    labels = np.array([0, *run.ids], np.uint8)[classes]
+        classes = sliding_window(chosen, volume, patch, len(ids), device=run.device, shape=shape)
+    labels = ids[classes]
     if largest:
         labels = largest_components(labels, run.one_piece)
     return labels
@@ -742,7 +715,11 @@ def validate(run, cases):
 def mean_dice(table):
     """What chooses the checkpoint: a mean over the cases that hold a label, then over the labels;
     NaN if there is no case. [ours]"""
-    means = [column[~np.isnan(column)].mean() for column in table.T if not np.isnan(column).all()]
+    means = []
+    for column in table.T:
+        known = column[~np.isnan(column)]
+        if len(known):
+            means.append(known.mean())
     return float(np.mean(means)) if means else nan
 
 
@@ -1601,7 +1578,6 @@ STATE = "ids one_piece step best rows sums cases patches".split()  # of a run, b
 # Settings that may change on --resume; a loss that is not finite may want another lr.
 MAY_CHANGE = "data unlabelled split cache preset batch epochs lr grad_clip".split()
 MAY_CHANGE += "out resume device amp compile workers check".split()
-HOST_BYTES = 2**29  # a larger slab waits on the host: FLARE allows a card 2048 MiB
 WATTS = {"cpu": 100, "cuda": 400}  # of the machine that trains [assumed]
 CARBON = 0.4  # kg of CO2 eq for a kWh [assumed]
 RANK = int(os.environ["RANK"]) if "LOCAL_RANK" in os.environ else 0  # of torchrun; 0: the first
@@ -2017,8 +1993,8 @@ def costs(config, classes, gpu=False):
         for key in ("labelled", "crops_a", "crops_b"):
             batch[key] = batch[key].to(torch.bfloat16)
     with LiveBytes() as live, FlopCounterMode(display=False) as step:
-        sup, cps, *_ = losses(networks, batch, config, nullcontext())
-        (sup + cps).backward()
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        train_step(networks, [], batch, 1.0, config, scaler, nullcontext())
     # Beside what the step makes: weights and momenta in fp32, and with mixed precision the copies.
     step_bytes = live.peak + 2 * parameters * (10 if mixed else 8)
     return parameters, forward.get_total_flops(), step.get_total_flops(), step_bytes
