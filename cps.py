@@ -1348,7 +1348,7 @@ class Scores(NamedTuple):
     """Of one label in one case."""
 
     dice: float
-    nsd: float  # surface Dice; NaN if not asked for
+    nsd: float  # surface Dice
     hd95: float  # mm; NaN where prediction or reference is empty
     held: bool  # the reference holds the label
 
@@ -1361,14 +1361,14 @@ def surfel_areas(spacing):
     """
     areas = np.zeros(256)
     faces = np.prod(spacing) / np.array(spacing)  # mm2 of a voxel's face, across each axis
-    turns = list(itertools.permutations(range(3)))
-    mirrors = list(itertools.product((1, -1), repeat=3))
-    for code, triangles in SURFELS.items():
-        voxels = np.unpackbits(np.uint8(code)).reshape(2, 2, 2)
-        normals = np.array([list(digits) for digits in triangles.split()], float) / 8
-        for axes, (i, j, k) in itertools.product(turns, mirrors):
-            twin = voxels.transpose(axes)[::i, ::j, ::k]
+    turns = itertools.permutations(range(3))
+    mirrors = itertools.product((1, -1), repeat=3)
+    for axes, (i, j, k) in itertools.product(turns, mirrors):
+        for code, triangles in SURFELS.items():
+            normals = np.array([list(digits) for digits in triangles.split()], float) / 8
             area = np.linalg.norm(normals[:, axes] * faces, axis=1).sum()
+            voxels = np.unpackbits(np.uint8(code)).reshape(2, 2, 2)
+            twin = voxels.transpose(axes)[::i, ::j, ::k]
             areas[np.packbits(twin)] = area
             areas[np.packbits(1 - twin)] = area
     return areas
@@ -1379,51 +1379,28 @@ def corner_codes(mask):
 
     Between 0 and 255 on the surface of a bool mask (X, Y, Z).
     """
-    code = np.pad(mask, 1).view(np.uint8)
-    code = code[:, :, :-1] << 1 | code[:, :, 1:]
-    code = code[:, :-1] << 2 | code[:, 1:]
-    return code[:-1] << 4 | code[1:]
-
-
-def surface_distances(pred, ref, spacing):
-    """Distances between the surfaces of two bool arrays (X, Y, Z), neither empty.
-
-    Returns two pairs, for the surface corners of pred and for those of ref: float (n,), mm to the
-    nearest corner of the other surface, and float (n,), mm2 of surface at the corner.
-    """
-    box = ndimage.find_objects((pred | ref).view(np.uint8))[0]  # around both: it is enough
-    codes = [corner_codes(pred[box]), corner_codes(ref[box])]
-    on_surface = [code % 255 > 0 for code in codes]
-    areas = surfel_areas(tuple(spacing))
-
-    pairs = []
-    for code, here, there in zip(codes, on_surface, on_surface[::-1]):
-        distances = np.zeros(code.shape)
-        alone = np.argwhere(here & ~there)  # all others are at a distance of 0
-        corners = np.argwhere(there)
-        tree = spatial.cKDTree(corners * spacing, leafsize=32, balanced_tree=False)
-        nearest = tree.query(alone * spacing, workers=-1)[1]
-        # Anew from whole numbers, so that a distance at the tolerance is not rounded beyond it.
-        offsets = (alone - corners[nearest]) * spacing
-        distances[here & ~there] = np.sqrt((offsets**2).sum(1))
-        pairs.append((distances[here], areas[code[here]]))
-    return pairs
+    weights = 2 ** np.arange(8).reshape(2, 2, 2)  # a convolution takes them from the end
+    return ndimage.convolve(np.pad(mask, 1).astype(np.uint8), weights)[:-1, :-1, :-1]
 
 
 def surface_scores(pred, ref, spacing, tolerance):
     """Surface Dice and 95 % Hausdorff distance of two bool arrays, from the same distances."""
     if not pred.any() or not ref.any():
         return float(pred.any() == ref.any()), nan
+    codes = [corner_codes(pred), corner_codes(ref)]
+    surfaces = [np.argwhere(code % 255) for code in codes]  # corners, int (n, 3)
     near = 0.0  # mm2 of both surfaces
     total = 0.0
     hd95 = 0.0  # the larger of the two directions
-    for distances, areas in surface_distances(pred, ref, spacing):
+    for code, here, there in zip(codes, surfaces, surfaces[::-1]):
+        areas = surfel_areas(tuple(spacing))[code[tuple(here.T)]]  # (n,), mm2
+        nearest = spatial.KDTree(there * spacing).query(here * spacing, workers=-1)[1]
+        # Anew from whole numbers, so that a distance at the tolerance is not rounded beyond it.
+        distances = np.linalg.norm((here - there[nearest]) * spacing, axis=1)  # (n,), mm
         near += areas[distances <= tolerance].sum()
         total += areas.sum()
-        order = distances.argsort()
-        share = areas[order].cumsum() / areas.sum()
-        index = min(np.searchsorted(share, 0.95), len(order) - 1)
-        hd95 = max(hd95, distances[order[index]])
+        within = np.quantile(distances, 0.95, weights=areas, method="inverted_cdf")
+        hd95 = max(hd95, within)
     return float(near / total), float(hd95)
 
 
@@ -1444,45 +1421,37 @@ def hausdorff95(pred, ref, spacing):
     return surface_scores(pred, ref, spacing, 0)[1]
 
 
-def evaluate_case(pred, ref, spacing, labels=None, tolerances=None, flare22=False):
+def evaluate_case(pred, ref, spacing, labels, tolerances, flare22=False):
     """{label: Scores} of two integer arrays (X, Y, Z), 0 to 255. spacing: mm, in array order.
 
-    labels: None for those that are there. tolerances: mm, one for all or a dict or sequence; None:
-    Dice alone. flare22: the rules of the challenge, but a tube on one slice is scored, no crash.
+    tolerances: mm, one for all or {label: mm}. flare22: the rules of the challenge, but a tube on
+    one slice is scored, no crash.
     """
-    both = np.stack((pred, ref)).astype(np.uint8, copy=False)
-    boxes = ndimage.find_objects(both, 255)  # around a label in both; None: it is in neither
-    if labels is None:
-        labels = [label for label, box in enumerate(boxes, start=1) if box]
     if not isinstance(tolerances, dict):
-        tolerances = dict(zip(labels, np.broadcast_to(tolerances, len(labels))))
-
+        tolerances = dict.fromkeys(labels, tolerances)
+    both = np.stack((pred, ref))  # (2, X, Y, Z)
+    boxes = ndimage.find_objects(both, 255)  # around a label in both; None: it is in neither
     results = {}
     for label in labels:
-        tolerance = tolerances[label]
-        box = boxes[label - 1]
-        if box is None:
-            results[label] = Scores(1.0, nan if tolerance is None else 1.0, nan, False)
-            continue
+        box = boxes[label - 1] or np.s_[:, :0]  # in neither: no voxel
         p, r = both[(..., *box[1:])] == label  # bool, cut to the box
-        held = bool(r.any())
-        if flare22 and held and label in FLARE22_TUBES:
+        if flare22 and label in FLARE22_TUBES and r.any():
             z = np.flatnonzero(r.any((0, 1)))
-            last = max(z[-1], z[0] + 1)
-            slices = slice(z[0], last)  # the challenge drops the last slice
+            slices = slice(z[0], max(z[-1], z[0] + 1))  # the challenge drops the last slice
             p = p[:, :, slices]
             r = r[:, :, slices]
-
         overlap = dice(p, r)
-        nsd = nan
-        hd95 = nan
-        if tolerance is not None:
-            nsd, hd95 = surface_scores(p, r, spacing, tolerance)
+        nsd, hd95 = surface_scores(p, r, spacing, tolerances[label])
         if flare22:
             nsd = float(np.round(nsd * (overlap >= 0.2), 4))
             overlap = float(np.round(overlap, 4))
-        results[label] = Scores(overlap, nsd, hd95, held)
+        results[label] = Scores(overlap, nsd, hd95, bool(r.any()))
     return results
+
+
+def score_array(results):
+    """float (cases, labels, 4) of {case: {label: Scores}}."""
+    return np.array([list(scores.values()) for scores in results.values()], float)
 
 
 def markdown(rows):
@@ -1509,7 +1478,7 @@ def table(results, head="2 mm", flare22=False):
     head: of the NSD. flare22: Dice and NSD over all cases, as in the challenge. The last row is the
     mean over the labels.
     """
-    scores = np.array([list(case.values()) for case in results.values()])  # (cases, labels, 4)
+    scores = score_array(results)
     held = scores[:, :, 3] > 0
     if not flare22:
         scores[~held] = nan
@@ -1520,7 +1489,7 @@ def table(results, head="2 mm", flare22=False):
         n = np.count_nonzero(held[:, i])
         defined = np.count_nonzero(np.isfinite(distances))
         text = spread(distances, 2)
-        if 0 < defined != n:
+        if defined != n:
             text += f" (n = {defined})"
         rows.append((label, n, spread(dices), spread(nsds), text))
     means = [mean_dice(scores[:, :, column]) for column in range(3)]
@@ -2095,74 +2064,27 @@ def report(run):
 
 # 13. Commands
 # --------------------------------------------------------------------------------------------------
-
-
-def predict(checkpoint, images, out, networks="a", largest=True, device="auto", efficiency=""):
+def predict(checkpoint, images, out, networks="a", largest=True, device="auto"):
     """Segment a scan, or the scans of a folder. Returns the exit code: 1 if some could not be.
 
     out: a folder, or for one scan the .nii or .nii.gz file to write. networks: a, b or both.
-    efficiency: a CSV file for time, memory and processor use of each case, as FLARE22 counts.
     """
     run = Run.load(checkpoint, device=device)
     scans = list_scans(images, images=True)
     out = Path(out)
     to_file = out.name.lower().endswith((".nii", ".nii.gz")) and not out.is_dir()
     need(not to_file or Path(images).is_file(), f"{out}: several scans want a folder, not a file")
-    rows = [("case", "seconds", "peak_mib", "auc_memory_mib_s", "auc_cpu_percent_s")]
 
     def one(name, path):
         target = out if to_file else out / f"{name}.nii.gz"
         same = target.resolve() == path.resolve() or path.parent.resolve() == out.resolve()
         need(not same, f"{path}: is in OUT_DIR; choose another")
-        with Meter(run.device) as meter:
-            volume, spacing, scan = read_scan(path)
-            shape = volume.shape
-            volume = preprocess(volume, spacing, run.config, path)
-            write_like(segment(run, volume, shape, networks, largest), scan, target)
-        rows.append((name, *meter.figures()))
+        volume, spacing, scan = read_scan(path)
+        shape = volume.shape
+        volume = preprocess(volume, spacing, run.config, path)
+        write_like(segment(run, volume, shape, networks, largest), scan, target)
 
-    code = for_each("predicting", scans, one)
-    if efficiency:
-        write_csv(efficiency, rows)
-    return code
-
-
-class Meter:
-    """Samples the machine each 0.1 s while a block runs [FLARE22: Evaluation]."""
-
-    def __init__(self, device):
-        self.gpu = device if device.type == "cuda" else None
-        self.memory = []  # MiB of the whole card in use
-        self.done = threading.Event()
-        self.thread = threading.Thread(target=self.sample, daemon=True)
-
-    def sample(self):
-        """Until the block ends; a processor's use needs no samples, its area is all time used."""
-        while not self.done.wait(0.1):
-            if self.gpu:
-                free, total = torch.cuda.mem_get_info(self.gpu)
-                self.memory.append((total - free) / 2**20)
-
-    def __enter__(self):
-        self.start = time.monotonic()
-        self.cpu_start = time.process_time()
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.done.set()
-        self.thread.join()
-        self.seconds = time.monotonic() - self.start
-        self.cpu_seconds = time.process_time() - self.cpu_start
-
-    def figures(self):
-        """Seconds, peak MiB, MiB s, and % s of all logical cores; no memory without a GPU."""
-        cpu = 100 * self.cpu_seconds / os.cpu_count()
-        if not self.memory:
-            return f"{self.seconds:.2f}", "", "", f"{cpu:.1f}"
-        peak = max(self.memory)
-        area = sum(self.memory) * 0.1
-        return f"{self.seconds:.2f}", f"{peak:.0f}", f"{area:.1f}", f"{cpu:.1f}"
+    return for_each("predicting", scans, one)
 
 
 def export(checkpoint, out):
@@ -2176,22 +2098,18 @@ def export(checkpoint, out):
     network = run.networks[0].eval()
     network.to(memory_format=torch.contiguous_format)  # there the norm is more exact on a CPU
     image = torch.randn(2, 1, *run.config.patch)
+    batch = torch.export.Dim("batch")
     with blame(out, "not made", "pip install onnxscript onnxruntime", ImportError):
         import onnxruntime  # the check needs it: before anything is written
 
         program = torch.onnx.export(
-            network,
-            (image,),
-            input_names=["image"],
-            dynamo=True,
-            dynamic_shapes=[{0: torch.export.Dim("batch")}],
-            verbose=False,
+            network, (image,), input_names=["image"], dynamo=True, dynamic_shapes=[{0: batch}]
         )
     metadata = dataclasses.asdict(run.config) | {"ids": run.ids, "one_piece": run.one_piece}
     program.model.metadata_props["cps"] = json.dumps(metadata)
     atomic(out, program.save)
 
-    session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(out)
     (logits,) = session.run(None, {"image": image.numpy()})
     with torch.inference_mode():
         difference = np.abs(network(image).numpy() - logits).max()
@@ -2205,24 +2123,17 @@ def info(config, classes=14):
     All is counted, nothing timed; memory is that of a GPU with mixed precision, unless --no-amp.
     """
     need(2 <= classes <= 256, f"--classes {classes}: must be 2 to 256, with background")
-    steps = config.epochs * config.epoch_steps
-    print("settings  ", settings(config))
-    for name in ("method", "patch", "batch", "clip", "lr", "momentum", "weight_decay", "init_b"):
-        print(f"{name:<12} {getattr(config, name)}")
-    print(f"schedule     {steps:,} steps, lr halved every {config.halve_epochs} epochs")
+    for name, value in vars(config).items():
+        print(f"{name:<16} {value}")
     protocol(config, classes, gpu=config.device != "cpu")
 
 
-def evaluate(
-    predictions: str,  # a NIfTI file or a folder of them
-    references: str,  # the same; cases of two folders go together by name
-    flare22: bool = False,  # organs, tolerances and rules of the challenge
-    tolerance: float = 2.0,  # of the surface Dice, in mm
-    csv_file: str = "",  # also write the scores of each case to this file
-):
+def evaluate(predictions, references, flare22=False, tolerance=2.0, csv_file=""):
     """Dice, surface Dice and HD95 of segmentations. Returns the exit code.
 
-    A prediction that is missing or refused counts as empty: the challenge's code leaves it out.
+    predictions, references: NIfTI files or folders of them, whose cases go together by name; one
+    that is missing or refused counts as empty: the challenge's code leaves it out. flare22: organs,
+    tolerances and rules of the challenge. tolerance: of the surface Dice, mm.
     """
     need(0 < tolerance < inf, f"--tolerance {tolerance}: must be a number of mm above 0")
     known = list_scans(references)
@@ -2239,38 +2150,30 @@ def evaluate(
     if missing:
         warn(f"{predictions}: no prediction for {missing[:5]}, {len(missing)} in all; empty")
 
-    results = {}
-    empty = set(missing)
-    labels = None  # all there are
+    labels = range(1, 256)
     tolerances = tolerance
-    head = f"{tolerance:g} mm"
     if flare22:
         labels = FLARE22
         tolerances = FLARE22
-        head = "FLARE22"
+    results = {}
+    used = set()  # labels
 
-    def score(name, path):
+    def one(name, path):
         ref, spacing, scan = read_scan(path, is_label=True, canonical=False)
-        pred = np.zeros_like(ref)
-        try:
-            if name in found:
-                empty.add(name)
-                pred = read_scan(found[name], is_label=True, canonical=False, like=scan)[0]
-                empty.discard(name)
-        finally:  # a refused one is an error, but has its row
+        results[name] = evaluate_case(0 * ref, ref, spacing, labels, tolerances, flare22)
+        used.update(label_boxes(ref))
+        if name in found:
+            pred = read_scan(found[name], is_label=True, canonical=False, like=scan)[0]
             results[name] = evaluate_case(pred, ref, spacing, labels, tolerances, flare22)
+            used.update(label_boxes(pred))
 
-    code = for_each("evaluating", known, score)
-    if not results:
-        return code
-    ids = sorted(set().union(*results.values())) or [1]
-    absent = Scores(1.0, 1.0, nan, False)  # in neither file of a case
+    code = for_each("evaluating", known, one)
+    ids = list(FLARE22) if flare22 else sorted(used) or [1]
     for name, scores in results.items():
-        results[name] = {label: scores.get(label, absent) for label in ids}
-    print(table(results, head, flare22))
-    if empty:
-        print(f"{len(empty)} of {len(results)} predictions missing or refused: counted as empty")
-
+        results[name] = {label: scores[label] for label in ids}
+    if results:
+        print(table(results, "FLARE22" if flare22 else f"{tolerance:g} mm", flare22))
+        print("A prediction that is missing or refused counts as empty.")
     if csv_file:
         write_csv(csv_file, [("case", "label", *Scores._fields), *score_rows(results)])
     return code
@@ -2292,131 +2195,89 @@ def write_csv(path, rows):
     atomic(path, Path.write_text, text.getvalue(), "utf-8")
 
 
-def test_scores(run, cases, networks="a", tolerance=2.0):
+def test_scores(run, cases, networks="a"):
     """{case name: {id: Scores}}, on the grids of the scans, against the label files themselves."""
     results = {}
     for case in cases:
         ref, spacing, _ = read_scan(case.label, is_label=True)
         pred = segment(run, case.array("image"), ref.shape, networks)
-        results[case.name] = evaluate_case(pred, ref, spacing, run.ids, tolerance)
+        results[case.name] = evaluate_case(pred, ref, spacing, run.ids, tolerances=2.0)
     return results
 
 
-def ablate(
-    config: Config,
-    labelled: tuple[int, ...] = (2,),  # numbers of labelled cases to compare at
-    seeds: int = 3,  # runs of an arm, from --seed on: other weights, patches, labelled cases
-):
+def ablate(config, labelled=(2,), seeds=3):
     """Compare supervised, plain CPS, context CPS and an upper bound, all labels, at equal steps.
 
-    Writes ablation.csv and ablation.md into --out. What is done is not done again.
+    labelled: numbers of labelled cases to compare at. seeds: runs of an arm, from --seed on, with
+    other weights, patches and labelled cases. Writes ablation.csv and ablation.md into --out. What
+    is done is not done again.
     """
     need(seeds > 0, f"--seeds {seeds}: must be 1 or more")
     need(min(labelled) > 0, f"--labelled {min(labelled)}: must be 1 or more")
     need(config.method == "context", "--method: ablate compares all of them; leave it out")
-    labelled = sorted(set(labelled))
-    arms = list(itertools.product(labelled, ("supervised", "cps", "context")))
-    arms.append((0, "supervised"))
+    arms = list(itertools.product(sorted(set(labelled)), ("supervised", "cps", "context")))
+    arms.append((0, "supervised"))  # 0: all labels
+    config = dataclasses.replace(config, resume=True)
+    if not split_cases(dataclasses.replace(config, method="supervised"))["test"]:
+        config = dataclasses.replace(config, test=config.val)
 
     # All splits are prepared and compared before the first run.
-    config = dataclasses.replace(config, resume=True)
-    if not split_cases(dataclasses.replace(config, method="supervised", labelled=0))["test"]:
-        config = dataclasses.replace(config, test=config.val)
-    numbers = range(config.seed, config.seed + seeds)
-    splits = {}
-    for number, seed in itertools.product((*labelled, 0), numbers):
-        method = "cps" if number else "supervised"  # all labels: maybe no unlabelled case
-        own = dataclasses.replace(config, labelled=number, seed=seed, method=method)
-        splits[number, seed] = prepare(split_cases(own), own)
-    first = splits[0, config.seed]
-    ids = label_ids(first)
-    tests = first["test"]
-    need(tests, "--test 0: ablate scores test cases, and there are none; give a number of them")
-    for (_, seed), split in splits.items():
-        same = label_ids(split) == ids
-        need(same, f"--labelled: seed {seed} has other labels than {ids}; raise it or drop some")
-
-    found = {}  # {(method, number): the rows of its runs}
-    rows = [("method", "labelled", "seed", *SCORE_COLUMNS)]
-    for (number, method), seed in itertools.product(arms, numbers):
+    configs = []
+    known = set()
+    for (number, method), i in itertools.product(arms, range(seeds)):
+        seed = config.seed + i
         out = f"{config.out}/{method}-{number or 'all'}-{seed}"
         own = dataclasses.replace(config, method=method, labelled=number, seed=seed, out=out)
-        scores = run_scores(own, splits[number, seed])
-        found.setdefault((method, number), []).append(scores)
-        rows += [(method, number, seed, *row.values()) for row in scores]
+        configs.append(own)
+        split = prepare(split_cases(own), own)
+        need(split["test"], "--test 0: ablate scores test cases, and there are none; give a number")
+        known.add(tuple(label_ids(split)))
+        need(len(known) == 1, f"--labelled: seed {seed} has other labels; raise it or drop some")
+
+    scores = []
+    minutes = []
+    rows = [("method", "labelled", "seed", "networks", "case", "label", *Scores._fields)]
+    for own in configs:
+        done = train(own)
+        both = test_scores(done["run"], done["test"], "both")
+        for networks, results in (("a", done["results"]), ("both", both)):
+            scores.append(score_array(results))
+            for row in score_rows(results):
+                rows.append((own.method, own.labelled, own.seed, networks, *row))
+        minutes.append(done["minutes"])
     write_csv(Path(config.out) / "ablation.csv", rows)
 
-    text = ablation_table(found, (seeds, 2, len(tests), len(ids)), ids)
+    scores = np.reshape(scores, (len(arms), seeds, 2, *scores[0].shape))
+    text = ablation_table(arms, scores, np.reshape(minutes, (len(arms), seeds)))
     atomic(Path(config.out) / "ablation.md", Path.write_text, text + "\n", "utf-8")
-    print(f"\n{config.out}/ablation.md, {len(tests)} test cases:\n{text}")
-    return 0
+    print(f"\n{config.out}/ablation.md, {len(both)} test cases:\n{text}")
 
 
-SCORE_COLUMNS = ("key", "minutes", "networks", "case", "label", *Scores._fields)
-
-
-def run_scores(config, split):
-    """Train a run and test it, or read what it scored: the rows of its scores.csv, dicts of text.
-
-    First those of network A, then those of the mean of both.
-    """
-    path = Path(config.out) / "scores.csv"
-    settings = dataclasses.replace(config, data="", out="", device="auto")
-    key = repr((settings, fingerprint(split)))  # of other settings or scans, scores are others
-    key = str(zlib.crc32(key.encode()))
-    rows = read_csv(path) if path.exists() else []
-    if not rows or rows[0].get("key") != key:
-        done = train(config)
-        both = test_scores(done["run"], split["test"], "both")
-        rows = [SCORE_COLUMNS]
-        for networks, results in (("a", done["results"]), ("both", both)):
-            rows += [(key, done["minutes"], networks, *row) for row in score_rows(results)]
-        write_csv(path, rows)
-    return read_csv(path)
-
-
-def read_csv(path):
-    """The rows of a CSV file, each a dict of text."""
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def ablation_table(found, shape, ids):
-    """Markdown of {(method, number): rows of its runs}; shape: seeds, 2, cases, labels."""
+def ablation_table(arms, scores, minutes):
+    """Markdown of the arms: scores (arms, seeds, 2, cases, labels, 4), those of network A and of
+    the mean of both, and minutes (arms, seeds)."""
+    scores[scores[..., 3] == 0] = nan  # a case that does not hold the label
     columns = ("method", "labels", "runs", "Dice of A", "HD95 of A, mm", "Dice of A and B")
-    table = [(*columns, *(f"A, label {label}" for label in ids), "gain of A [95 %]", "minutes")]
-    for (method, number), runs in found.items():
-        dices = score_array(runs, "dice", shape)
-        distances = score_array(runs, "hd95", shape)
-        row = [method, number] if number else ["upper bound", "all"]
-        row.append(len(runs))
-        row.append(over_seeds(dices[:, 0]))
-        row.append(over_seeds(distances[:, 0], digits=2))
-        row.append(over_seeds(dices[:, 1]))
-        for i in range(len(ids)):
-            row.append(over_seeds(dices[:, 0, :, i : i + 1]))
+    rows = [(*columns, "gain of A [95 %]", "minutes")]
+    for (number, method), own, time_taken in zip(arms, scores, minutes):
+        dices = own[:, 0, :, :, 0]  # of A: (seeds, cases, labels)
         gain = ""
-        if method != "supervised":
-            base = score_array(found["supervised", number], "dice", shape)
-            gain = gain_text(dices[:, 0] - base[:, 0])
-        minutes = [float(rows[0]["minutes"]) for rows in runs]
-        table.append((*row, gain, f"{np.mean(minutes):.1f}"))
-    return markdown(table)
+        if method == "supervised":
+            base = dices  # of the arms that follow
+        else:
+            gain = gain_text(dices - base)
+        row = [method, number] if number else ["upper bound", "all"]
+        row.append(len(own))
+        row.append(over_seeds(dices))
+        row.append(over_seeds(own[:, 0, :, :, 2], digits=2))
+        row.append(over_seeds(own[:, 1, :, :, 0]))
+        rows.append((*row, gain, f"{time_taken.mean():.1f}"))
+    return markdown(rows)
 
 
 def over_seeds(tables, digits=4):
     """Text of mean +- sd over the seeds of scores (seeds, cases, labels)."""
     return spread([mean_dice(table) for table in tables], digits)
-
-
-def score_array(runs, column, shape):
-    """A column of the rows of some runs as float (seeds, 2, cases, labels): A's, then of both.
-
-    NaN where the case does not hold the label.
-    """
-    rows = itertools.chain(*runs)
-    values = [float(row[column]) if row["held"] == "1" else nan for row in rows]
-    return np.reshape(values, shape)
 
 
 def gain_text(gain):
@@ -2429,13 +2290,12 @@ def gain_text(gain):
     if min(seeds, cases) == 1:
         return text
     rng = np.random.default_rng(0)
-    seed_counts = rng.multinomial(seeds, np.full(seeds, 1 / seeds), 10_000)  # how often each came
-    case_counts = rng.multinomial(cases, np.full(cases, 1 / cases), 10_000)
-    held = np.isfinite(gain[0])  # (cases, labels)
-    sums = np.einsum("ds,dc,scl->dl", seed_counts, case_counts, np.nan_to_num(gain))
-    counts = seeds * case_counts @ held  # (draws, labels)
-    with np.errstate(invalid="ignore"):  # 0 / 0, where no case that came holds the label
-        means = np.nanmean(sums / counts, axis=1)
+    means = []
+    for _ in range(10_000):
+        some_seeds = rng.integers(seeds, size=seeds)
+        some_cases = rng.integers(cases, size=cases)
+        drawn = gain[some_seeds].mean(0)[some_cases]  # (cases, labels)
+        means.append(mean_dice(drawn))
     low, high = np.nanpercentile(means, (2.5, 97.5))
     return f"{text} [{low:+.4f}, {high:+.4f}]"
 
@@ -2449,112 +2309,93 @@ def figure(run, best, cases):
     """Write figure.png: the method on one volume, the curves of the log, some cases."""
     from matplotlib.figure import Figure  # optional
 
-    examples = (run.split["unlabelled"] or cases)[:1]
-    heights = [3.2] * len(examples) + [2.8] + [2.9] * len(cases)  # inches
-    page = Figure((13, sum(heights)), dpi=150, layout="constrained")
-    rows = list(page.subfigures(len(heights), squeeze=False, height_ratios=heights)[:, 0])
-    for case in examples:
-        draw_method(rows.pop(0).subplots(1, 5), best, case)
-    draw_log(rows.pop(0).subplots(1, 3), run.rows)
-    for row, case in zip(rows, cases):
-        draw_case(row.subplots(1, 5), best, case)
+    rows = 2 + len(cases)
+    page = Figure((13, 3 * rows), dpi=150, layout="constrained")
+    parts = page.subfigures(rows)
+    example = (run.split["unlabelled"] or run.split["labelled"])[0]
+    draw_method(parts[0], best, example)
+    draw_log(parts[1], run.rows)
+    for part, case in zip(parts[2:], cases):
+        draw_case(part, best, case)
     atomic(run.path("figure.png"), page.savefig)
 
 
-@torch.inference_mode()
-def draw_method(axes, run, case):
+def draw_method(part, run, case):
     """Both crops of a volume, what A says on the one, B on the other, and both on the overlap."""
-    from matplotlib.patches import Patch, Rectangle
+    from matplotlib.patches import Rectangle
 
     image = case.array("image")
     patch = np.array(run.config.patch)
     rng = np.random.default_rng(0)
-    corners = overlapping_corners(rng, image.shape, patch, run.config.min_overlap)
-    crops = []
-    labels = []
-    for network, corner in zip(run.networks, corners):
-        crop = cut_box(image, corner, patch, outside=np.float32(0))
-        with run.autocast:
-            logits = network(torch.from_numpy(crop)[None, None].to(run.device))
-        classes = pseudo_label(logits)[0].cpu()
-        crops.append(crop)
-        labels.append(np.array([0, *run.ids])[classes])
+    corner_a, corner_b = overlapping_corners(rng, image.shape, patch, run.config.min_overlap)
+    crop_a = image[tuple(map(slice, corner_a, corner_a + patch))]
+    crop_b = image[tuple(map(slice, corner_b, corner_b + patch))]
+    label_a = segment(run, crop_a, networks="a", largest=False)
+    label_b = segment(run, crop_b, networks="b", largest=False)
 
-    slices_a, slices_b = overlap_slices(*corners, patch)
-    label_a = labels[0][slices_a]
-    label_b = labels[1][slices_b]
-    both = np.where(label_a == label_b, label_a, -1)
+    slices_a, slices_b = overlap_slices(corner_a, corner_b, patch)
+    both = np.where(label_a[slices_a] == label_b[slices_b], label_a[slices_a], -1)
     plane = np.count_nonzero(both, (0, 1)).argmax()  # of the overlap, with most foreground
-    z = plane + max(corners[0][2], corners[1][2])  # of the volume
-
-    whole = image[:, :, z]
-    draw(axes[0], run, case, whole, 0 * whole, f"crops, {case.name[:12]}")
-    for corner, name, colour in zip(corners, "AB", ("cyan", "yellow")):
-        width, height = patch[:2]
-        x, y = corner[:2] - 0.5
-        axes[0].add_patch(Rectangle((x, y), width, height, fill=False, color=colour, lw=2))
-        axes[0].text(x + width / 2, y + 0.85 * height, name, color=colour, size=16)
-    for ax, crop, label, corner, name in zip(axes[1:], crops, labels, corners, "AB"):
-        inside = z - corner[2]
-        draw(ax, run, case, crop[:, :, inside], label[:, :, inside], f"{name} says on its crop")
-    shared = crops[0][slices_a]
-    draw(axes[3], run, case, shared[:, :, plane], both[:, :, plane], "overlap: agree, differ")
-
-    handles = []
-    for label, colour in label_colours(run.ids).items():
-        name = f"label {label}" if label > 0 else "A != B"
-        handles.append(Patch(color=colour, label=name))
-    axes[4].axis("off")
-    axes[4].legend(handles=handles, loc="center", ncols=len(handles) // 9 + 1)
+    z_a = plane + slices_a[2].start
+    z_b = plane + slices_b[2].start
+    whole = image[:, :, z_a + corner_a[2]]
+    panels = (
+        (f"crops, {case.name[:12]}", whole, 0 * whole),
+        ("A says on its crop", crop_a[:, :, z_a], label_a[:, :, z_a]),
+        ("B says on its crop", crop_b[:, :, z_b], label_b[:, :, z_b]),
+        ("overlap: agree, differ", crop_a[slices_a][:, :, plane], both[:, :, plane]),
+    )
+    axes = draw(part, run, case, panels)
+    for name, corner, colour in (("A", corner_a, "cyan"), ("B", corner_b, "yellow")):
+        frame = Rectangle(corner[:2] - 0.5, *patch[:2], fill=False, color=colour, lw=2, label=name)
+        axes[0].add_patch(frame)
+    axes[0].legend()
 
 
-def draw_log(axes, rows):
+def draw_log(part, rows):
     """The curves of the log: the losses, the signs of collapse, Dice."""
-    columns = np.reshape(rows, (-1, len(LOG))).T
-    log = dict(zip(LOG, columns))
-    groups = (("loss_sup", "loss_cps"), ("agreement", "foreground", "overlap"), ("dice",))
-    for ax, names in zip(axes, groups):
-        for name, style in zip(names, ("o-", "x--", "s:")):
-            known = np.isfinite(log[name])  # Dice is not of each epoch
-            ax.plot(log["step"][known], log[name][known], style, ms=3, label=name)
-        ax.set_xlabel("step")
-        ax.legend()
+    log = dict(zip(LOG, np.array(rows).T))
+    names = ("loss_sup", "loss_cps", "agreement", "foreground", "overlap", "dice")
+    for ax, name in zip(part.subplots(1, 6), names):
+        known = np.isfinite(log[name])  # Dice is not of each epoch
+        ax.plot(log["step"][known], log[name][known], "o-", ms=3)
+        ax.set(title=name, xlabel="step")
 
 
-def draw_case(axes, run, case):
+def draw_case(part, run, case):
     """Of a validation case the slice with most foreground: image, reference, A, B, A != B."""
     image = case.array("image")
     ref = case.array("label")
     label_a = segment(run, image, networks="a")
     label_b = segment(run, image, networks="b")
-    differ = -1 * (label_a != label_b)
-
+    differ = np.where(label_a == label_b, 0, -1)
     z = np.count_nonzero(ref, (0, 1)).argmax()
+    panels = []
     titles = (case.name[:18], "reference", "A", "B", "A != B")  # longer names would overlap
-    for ax, labels, title in zip(axes, (0 * ref, ref, label_a, label_b, differ), titles):
-        draw(ax, run, case, image[:, :, z], labels[:, :, z], title)
+    for title, labels in zip(titles, (0 * ref, ref, label_a, label_b, differ)):
+        panels.append((title, image[:, :, z], labels[:, :, z]))
+    draw(part, run, case, panels)
 
 
-def draw(ax, run, case, image, labels, title):
-    """A slice (x, y) as radiologists see it: the patient's right at the left, the front above."""
+def draw(part, run, case, panels):
+    """Slices (x, y) with their labels, as radiologists see them: the patient's right at the left,
+    the front above. -1 is where A and B differ. Returns the axes."""
     from matplotlib.colors import to_rgba
 
-    overlay = np.zeros((*labels.shape, 4))
-    for label, colour in label_colours(run.ids).items():
-        overlay[labels == label] = to_rgba(colour, 0.7 if label > 0 else 1)
+    colours = {-1: DIFFER} | dict(zip(run.ids, itertools.cycle(LABEL_COLOURS)))
     view = {"origin": "lower", "aspect": case.spacing[1] / case.spacing[0]}
-    ax.imshow(image.T.astype(float), "gray", **view)
-    ax.imshow(overlay.swapaxes(0, 1), interpolation="nearest", **view)
-    ax.invert_xaxis()
-    ax.set(xticks=[], yticks=[])
-    ax.set_title(title, parse_math=False)  # a $ in a name is a $
-    ax.text(0.02, 0.5, "R", color="w", transform=ax.transAxes)
-    ax.text(0.98, 0.5, "L", color="w", transform=ax.transAxes, ha="right")
-
-
-def label_colours(ids):
-    """{label id: colour}; -1 is where A and B differ."""
-    return {-1: DIFFER} | dict(zip(ids, itertools.cycle(LABEL_COLOURS)))
+    axes = part.subplots(1, len(panels))
+    for ax, (title, image, labels) in zip(axes, panels):
+        overlay = np.zeros((*labels.shape, 4))
+        for label, colour in colours.items():
+            overlay[labels == label] = to_rgba(colour, 0.7)
+        ax.imshow(image.T.astype(float), "gray", **view)
+        ax.imshow(overlay.swapaxes(0, 1), interpolation="nearest", **view)
+        ax.invert_xaxis()
+        ax.set_xticks((0, len(image) - 1), ("L", "R"))
+        ax.set_yticks(())
+        ax.set_title(title, parse_math=False)  # a $ in a name is a $
+    return axes
 
 
 # 14. Command line
@@ -2764,7 +2605,6 @@ def build_parser():
     text = "one component of each label that was in one piece in training"
     p.add_argument("--largest", action=on_or_off, default=True, help=text)
     p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
-    p.add_argument("--efficiency", default="", help="CSV file for time, memory, processor use")
 
     p = add(evaluate)
     p.add_argument("predictions", help="a NIfTI file or a folder of them")

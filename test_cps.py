@@ -2051,7 +2051,7 @@ def test_flare22_rounds_as_numpy_does():
         pred[:20_000] = 1
         ref[20_000 - k : 40_000 - k] = 1
         volumes = [volume.reshape(100, 200, 2) for volume in (pred, ref)]
-        got = cps.evaluate_case(*volumes, MM, [1], None, flare22=True)[1]
+        got = cps.evaluate_case(*volumes, MM, [1], 2.0, flare22=True)[1]
         assert got.dice == np.round(k / 20_000, 4)
 
 
@@ -2086,8 +2086,7 @@ def test_tolerances_are_one_or_one_a_label_and_a_tube_found_in_vain_is_0():
     strict = nsd(0.5)
     assert nsd(2.0) == [1, 1]
     assert max(strict) < 1
-    assert nsd([2.0, 0.5]) == nsd({1: 2.0, 2: 0.5}) == nsd(np.array([2.0, 0.5])) == [1, strict[1]]
-    assert np.isnan(nsd(None)).all()
+    assert nsd({1: 2.0, 2: 0.5}) == [1, strict[1]]
     pred[0, :, 0] = 5  # a tube in one of the files only
     ref[0, :, 7] = 6
     found = cps.evaluate_case(pred, ref, (1, 1, 1), [5, 6], 2.0, flare22=True)
