@@ -2143,36 +2143,36 @@ def evaluate(predictions, references, flare22=False, tolerance=2.0, csv_file="")
 
     missing = sorted(known.keys() - found.keys())
     surplus = sorted(found.keys() - known.keys())
-    common = len(known) > len(missing)
-    need(common, f"{predictions}: {surplus[:3]} pair with none of {missing[:3]}; rename them")
-    if surplus:
-        warn(f"{predictions}: no reference for {surplus[:5]}, {len(surplus)} in all; not counted")
-    if missing:
-        warn(f"{predictions}: no prediction for {missing[:5]}, {len(missing)} in all; empty")
+    sentence = f"{predictions}: {surplus[:3]} pair with none of {missing[:3]}; rename them"
+    need(len(missing) < len(known), sentence)
+    if missing or surplus:
+        counts = f"{len(missing)} count as empty: {missing[:5]}"
+        warn(f"{predictions}: {counts}; {len(surplus)} have no reference: {surplus[:5]}")
 
-    labels = range(1, 256)
-    tolerances = tolerance
+    tolerances = dict.fromkeys(range(1, 256), tolerance)  # mm for each label
+    head = f"{tolerance:g} mm"
     if flare22:
-        labels = FLARE22
         tolerances = FLARE22
+        head = "FLARE22"
     results = {}
-    used = set()  # labels
+    used = set()  # labels that there are
 
     def one(name, path):
         ref, spacing, scan = read_scan(path, is_label=True, canonical=False)
-        results[name] = evaluate_case(0 * ref, ref, spacing, labels, tolerances, flare22)
-        used.update(label_boxes(ref))
-        if name in found:
-            pred = read_scan(found[name], is_label=True, canonical=False, like=scan)[0]
-            results[name] = evaluate_case(pred, ref, spacing, labels, tolerances, flare22)
-            used.update(label_boxes(pred))
+        pred = np.zeros_like(ref)
+        try:
+            if name in found:
+                pred = read_scan(found[name], is_label=True, canonical=False, like=scan)[0]
+        finally:  # a refused one is an error, but has its row
+            results[name] = evaluate_case(pred, ref, spacing, tolerances, tolerances, flare22)
+            used.update(label_boxes(ref), label_boxes(pred))
 
     code = for_each("evaluating", known, one)
-    ids = list(FLARE22) if flare22 else sorted(used) or [1]
-    for name, scores in results.items():
-        results[name] = {label: scores[label] for label in ids}
-    if results:
-        print(table(results, "FLARE22" if flare22 else f"{tolerance:g} mm", flare22))
+    ids = FLARE22 if flare22 else sorted(used)
+    if results and ids:
+        for name, scores in results.items():
+            results[name] = {label: scores[label] for label in ids}
+        print(table(results, head, flare22))
         print("A prediction that is missing or refused counts as empty.")
     if csv_file:
         write_csv(csv_file, [("case", "label", *Scores._fields), *score_rows(results)])
@@ -2212,9 +2212,7 @@ def ablate(config, labelled=(2,), seeds=3):
     other weights, patches and labelled cases. Writes ablation.csv and ablation.md into --out. What
     is done is not done again.
     """
-    need(seeds > 0, f"--seeds {seeds}: must be 1 or more")
-    need(min(labelled) > 0, f"--labelled {min(labelled)}: must be 1 or more")
-    need(config.method == "context", "--method: ablate compares all of them; leave it out")
+    need(min(seeds, *labelled) > 0, "--seeds, --labelled: must be 1 or more")
     arms = list(itertools.product(sorted(set(labelled)), ("supervised", "cps", "context")))
     arms.append((0, "supervised"))  # 0: all labels
     config = dataclasses.replace(config, resume=True)
@@ -2300,27 +2298,27 @@ def gain_text(gain):
     return f"{text} [{low:+.4f}, {high:+.4f}]"
 
 
-# Okabe and Ito's colours, which the colour-blind tell apart.
+# Okabe and Ito's colours, which the colour-blind tell apart; of the labels, and where A and B differ.
 LABEL_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#CC79A7")
-DIFFER = "#D55E00"  # where A and B do
+DIFFER = "#D55E00"
 
 
 def figure(run, best, cases):
     """Write figure.png: the method on one volume, the curves of the log, some cases."""
     from matplotlib.figure import Figure  # optional
 
-    rows = 2 + len(cases)
-    page = Figure((13, 3 * rows), dpi=150, layout="constrained")
-    parts = page.subfigures(rows)
+    count = 2 + len(cases)
+    page = Figure((13, 3 * count), dpi=150, layout="constrained")
+    rows = page.subfigures(count)
     example = (run.split["unlabelled"] or run.split["labelled"])[0]
-    draw_method(parts[0], best, example)
-    draw_log(parts[1], run.rows)
-    for part, case in zip(parts[2:], cases):
-        draw_case(part, best, case)
+    draw_method(rows[0], best, example)
+    draw_log(rows[1], run.rows)
+    for row, case in zip(rows[2:], cases):
+        draw_case(row, best, case)
     atomic(run.path("figure.png"), page.savefig)
 
 
-def draw_method(part, run, case):
+def draw_method(row, run, case):
     """Both crops of a volume, what A says on the one, B on the other, and both on the overlap."""
     from matplotlib.patches import Rectangle
 
@@ -2334,35 +2332,35 @@ def draw_method(part, run, case):
     label_b = segment(run, crop_b, networks="b", largest=False)
 
     slices_a, slices_b = overlap_slices(corner_a, corner_b, patch)
-    both = np.where(label_a[slices_a] == label_b[slices_b], label_a[slices_a], -1)
-    plane = np.count_nonzero(both, (0, 1)).argmax()  # of the overlap, with most foreground
-    z_a = plane + slices_a[2].start
-    z_b = plane + slices_b[2].start
-    whole = image[:, :, z_a + corner_a[2]]
+    both = label_a[slices_a].astype(int)
+    both[both != label_b[slices_b]] = -1
+    z = np.count_nonzero(both, (0, 1)).argmax()  # of the overlap, with most foreground
+    z_a = z + slices_a[2].start
+    z_b = z + slices_b[2].start
     panels = (
-        (f"crops, {case.name[:12]}", whole, 0 * whole),
-        ("A says on its crop", crop_a[:, :, z_a], label_a[:, :, z_a]),
-        ("B says on its crop", crop_b[:, :, z_b], label_b[:, :, z_b]),
-        ("overlap: agree, differ", crop_a[slices_a][:, :, plane], both[:, :, plane]),
+        (f"crops, {case.name[:12]}", image, 0 * image, z_a + corner_a[2]),
+        ("A says on its crop", crop_a, label_a, z_a),
+        ("B says on its crop", crop_b, label_b, z_b),
+        ("overlap: agree, differ", crop_a[slices_a], both, z),
     )
-    axes = draw(part, run, case, panels)
+    whole = draw(row, run, case, panels)[0]
     for name, corner, colour in (("A", corner_a, "cyan"), ("B", corner_b, "yellow")):
-        frame = Rectangle(corner[:2] - 0.5, *patch[:2], fill=False, color=colour, lw=2, label=name)
-        axes[0].add_patch(frame)
-    axes[0].legend()
+        frame = Rectangle(corner[:2] - 0.5, *patch[:2], fill=False, color=colour, label=name)
+        whole.add_patch(frame)
+    handles, names = whole.get_legend_handles_labels()
+    row.legend(handles, names, title="-1: differ", loc="outside right center")
 
 
-def draw_log(part, rows):
+def draw_log(row, rows):
     """The curves of the log: the losses, the signs of collapse, Dice."""
     log = dict(zip(LOG, np.array(rows).T))
     names = ("loss_sup", "loss_cps", "agreement", "foreground", "overlap", "dice")
-    for ax, name in zip(part.subplots(1, 6), names):
-        known = np.isfinite(log[name])  # Dice is not of each epoch
-        ax.plot(log["step"][known], log[name][known], "o-", ms=3)
+    for ax, name in zip(row.subplots(1, 6), names):
+        ax.plot(log["step"], log[name], ".-")
         ax.set(title=name, xlabel="step")
 
 
-def draw_case(part, run, case):
+def draw_case(row, run, case):
     """Of a validation case the slice with most foreground: image, reference, A, B, A != B."""
     image = case.array("image")
     ref = case.array("label")
@@ -2370,27 +2368,32 @@ def draw_case(part, run, case):
     label_b = segment(run, image, networks="b")
     differ = np.where(label_a == label_b, 0, -1)
     z = np.count_nonzero(ref, (0, 1)).argmax()
-    panels = []
-    titles = (case.name[:18], "reference", "A", "B", "A != B")  # longer names would overlap
-    for title, labels in zip(titles, (0 * ref, ref, label_a, label_b, differ)):
-        panels.append((title, image[:, :, z], labels[:, :, z]))
-    draw(part, run, case, panels)
+    panels = (
+        (case.name[:18], image, 0 * ref, z),  # longer names would overlap
+        ("reference", image, ref, z),
+        ("A", image, label_a, z),
+        ("B", image, label_b, z),
+        ("A != B", image, differ, z),
+    )
+    draw(row, run, case, panels)
 
 
-def draw(part, run, case, panels):
-    """Slices (x, y) with their labels, as radiologists see them: the patient's right at the left,
-    the front above. -1 is where A and B differ. Returns the axes."""
+def draw(row, run, case, panels):
+    """Slices of volumes with their labels, of which -1 is where A and B differ. As radiologists see
+    them: the patient's right at the left, the front above. Returns the axes."""
     from matplotlib.colors import to_rgba
 
     colours = {-1: DIFFER} | dict(zip(run.ids, itertools.cycle(LABEL_COLOURS)))
     view = {"origin": "lower", "aspect": case.spacing[1] / case.spacing[0]}
-    axes = part.subplots(1, len(panels))
-    for ax, (title, image, labels) in zip(axes, panels):
-        overlay = np.zeros((*labels.shape, 4))
+    axes = row.subplots(1, len(panels))
+    for ax, (title, image, labels, z) in zip(axes, panels):
+        plane = labels[:, :, z].T  # (y, x)
+        overlay = np.zeros((*plane.shape, 4))
         for label, colour in colours.items():
-            overlay[labels == label] = to_rgba(colour, 0.7)
-        ax.imshow(image.T.astype(float), "gray", **view)
-        ax.imshow(overlay.swapaxes(0, 1), interpolation="nearest", **view)
+            overlay[plane == label] = to_rgba(colour, 0.7)
+            ax.scatter([], [], color=colour, label=label)  # for the legend
+        ax.imshow(image[:, :, z].T.astype(float), "gray", **view)
+        ax.imshow(overlay, **view)
         ax.invert_xaxis()
         ax.set_xticks((0, len(image) - 1), ("L", "R"))
         ax.set_yticks(())

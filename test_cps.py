@@ -466,9 +466,8 @@ def test_paper_preset_is_the_paper(capsys):
 
     assert cps.main(["info"]) == 0
     printed = capsys.readouterr().out
-    for name in ("patch", "batch", "clip", "lr", "momentum", "weight_decay", "init_b"):
-        assert f"{name:<12} {getattr(cps.Config(), name)}\n" in printed
-    assert "250,000 steps" in printed and "halved every 200 epochs" in printed
+    for name in (*want, "weight_decay", "lam", "rampup"):
+        assert f"{name:<16} {getattr(cps.Config(), name)}\n" in printed
 
 
 # 2. The losses
@@ -2737,8 +2736,8 @@ def test_info_prints_what_the_tables_of_papers_ask_for(monkeypatch, capsys):
     parameters, forward, step, step_bytes = cps.costs(config, 3)
     for word in (
         "(16, 16, 8)",
-        "750 steps",
-        "0.5",
+        "epochs           3\n",
+        "lr               0.5\n",
         f"{parameters:,} parameters",
         f"{forward:.3g} FLOPs for a patch",
         f"{step:.3g} FLOPs, {step_bytes / 2**30:.2g} GiB",
@@ -2827,17 +2826,17 @@ def test_ablate_compares_arms_of_equal_steps_on_cases_that_choose_nothing(monkey
         assert row[2] == "2"
         if len(shown) == 2:
             assert row[4] == f"{np.mean(shown):.2f} +- {np.std(shown, ddof=1):.2f}"
-        means = [a.mean((1, 2)), both.mean((1, 2)), *a.mean(1).T]  # a mean for each seed
-        cells = [row[3], *row[5:8]]
+        means = [a.mean((1, 2)), both.mean((1, 2))]  # a mean for each seed
+        cells = [row[3], row[5]]
         assert cells == [f"{x.mean():.4f} +- {x.std(ddof=1):.4f}" for x in means]
         if method in ("cps", "context"):
             gain = a - scores("dice", "a", "supervised", n)
-            mean, low, high = numbers(row[8])
+            mean, low, high = numbers(row[6])
             assert mean == pytest.approx(gain.mean(), abs=1e-4)
             wide = 0.08 * (high - low) + 2e-4
             assert [low, high] == pytest.approx(plain_interval(gain), abs=wide)
         else:
-            assert row[8] == ""
+            assert row[6] == ""
 
     for method, n, seed in (("context", "2", 4), ("supervised", "all", 3)):
         run = cps.Run.load(f"run/{method}-{n}-{seed}/best.pt")
@@ -2852,7 +2851,8 @@ def test_ablate_compares_arms_of_equal_steps_on_cases_that_choose_nothing(monkey
     before = pathlib.Path("run/ablation.csv").read_bytes()
     assert cps.main(argv) == 0 and len(steps) == 3 * len(arms) * 2  # finished arms are kept
     assert pathlib.Path("run/ablation.csv").read_bytes() == before
-    assert cps.main(["ablate", "data", "--seeds", "0"]) == 2
+    for flags in (["--seeds", "0"], ["--labelled", "2", "0"]):
+        assert cps.main(["ablate", "data", *flags]) == 2
 
 
 def test_ablate_compares_the_labels_of_all_seeds_before_the_first_run(monkeypatch, capsys):
@@ -2889,31 +2889,16 @@ def test_predict_writes_the_file_that_it_is_told(name, trained, capsys):
     assert os.listdir("in") == ["scan_0000.nii.gz"]
 
 
-def test_efficiency_is_written_for_each_case(trained):
-    for i in range(3):
-        write(f"in/s{i}.nii", phantom(i)[0])
-    write("in/bad.nii", SCAN * 0)
-    argv = ["predict", f"{trained}/native/best.pt", "in", "out", "--efficiency", "costs/e.csv"]
-    assert cps.main([*argv, "--device", "cpu"]) == 1
-    rows = table_of("costs/e.csv", but=())
-    assert [row["case"] for row in rows] == ["s0", "s1", "s2"]
-    for row in rows:
-        case, seconds, peak, memory, cpu = row.values()
-        assert 0 <= float(seconds) < 60
-        assert peak == memory == ""  # of a GPU
-        assert 0 <= float(cpu) <= 100 * float(seconds) + 10
-
-
 def test_evaluate_says_what_does_not_pair(capsys):
     for name in ("a", "b", "x"):
         write(f"p/{name}.nii", phantom(0)[1])
     for name in ("a", "b", "c"):
         write(f"r/{name}.nii.gz", phantom(0)[1])
     assert cps.main(["evaluate", "p", "r"]) == 0
-    sentences = errors_of(capsys, "warning")
-    assert any("'x'" in sentence for sentence in sentences)
-    assert any("'c'" in sentence for sentence in sentences)
-    assert len(sentences) == 2
+    (sentence,) = errors_of(capsys, "warning")
+    assert sentence.startswith("p: ")
+    assert "1 count as empty: ['c']" in sentence
+    assert "1 have no reference: ['x']" in sentence
     os.mkdir("q")
     for name in ("a_0000", "ab", "A"):  # whole names
         shutil.copy("p/a.nii", f"q/{name}.nii")
@@ -2935,7 +2920,6 @@ def test_a_refused_prediction_counts_as_empty(capsys):
     errors = [line for line in shown.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert "p/b.nii" in errors[0]
-    assert "2 of 3" in shown.out.splitlines()[-1]
     assert "empty" in shown.out.splitlines()[-1]
     scores = {(row["case"], row["label"]): float(row["dice"]) for row in table_of("s.csv")}
     assert scores == {(case, label): case == "a" for case in "abc" for label in "15"}
@@ -3044,14 +3028,13 @@ def test_figure_shows_the_log_and_what_the_networks_say(page):
     for axes in page.axes:
         if axes.lines:
             assert axes.get_xlabel() == "step"
-            assert axes.get_legend()
-            lines |= {line.get_label(): line.get_xydata() for line in axes.lines}
+            lines[axes.get_title()] = axes.lines[0].get_xydata()
     wanted = {"loss_sup", "loss_cps", "agreement", "foreground", "overlap", "dice"}
     assert {*lines} == wanted
     for name, points in lines.items():
-        want = [(int(row["step"]), float(row[name])) for row in rows if row[name] != "nan"]
-        assert points == pytest.approx(np.array(want)), name
-    assert len(lines["dice"]) == 2
+        want = [(int(row["step"]), float(row[name])) for row in rows]
+        assert points == pytest.approx(np.array(want), nan_ok=True), name
+    assert np.isfinite(lines["dice"]).sum() == 3 + 2
 
     run = cps.Run.load("run/best.pt")
     case = cps.prepare(cps.split_cases(run.config), run.config)["val"][0]
@@ -3082,15 +3065,14 @@ def test_figure_is_seen_as_radiologists_do(page):
     for axes in shown:
         assert axes.xaxis_inverted()  # x is to the patient's right in RAS+... and R is at the left
         assert not axes.yaxis_inverted()
-        places = {text.get_text(): text for text in axes.texts}
-        assert places["R"].get_position()[0] < 0.5 < places["L"].get_position()[0]
-        assert places["R"].get_transform() == axes.transAxes
+        places = {text.get_text(): x for text, x in zip(axes.get_xticklabels(), axes.get_xticks())}
+        assert places == {"L": 0, "R": axes.images[0].get_array().shape[1] - 1}
         assert float(axes.get_aspect()) == MM[1] / MM[0]
 
 
 def test_figure_explains_the_method(page):
     """From the picture alone: crops are cut at their frames, the overlap compares both answers."""
-    whole, crop_a, crop_b, overlap, legend = page.axes[:5]
+    whole, crop_a, crop_b, overlap = page.axes[:4]
     frames = {}
     for frame, axes in zip(whole.patches, (crop_a, crop_b)):
         corner = np.array(frame.get_xy()) + 0.5
@@ -3104,7 +3086,7 @@ def test_figure_explains_the_method(page):
         assert np.allclose(crop[: cut.shape[0], : cut.shape[1]], cut)
     assert "A" in crop_a.get_title()
     assert "B" in crop_b.get_title()
-    assert {"A", "B"} <= {text.get_text() for text in whole.texts}
+    assert [frame.get_label() for frame in whole.patches] == ["A", "B"]
 
     low = np.maximum(frames[crop_a], frames[crop_b])
     high = np.minimum(frames[crop_a], frames[crop_b]) + PATCH[:2]
@@ -3120,9 +3102,8 @@ def test_figure_explains_the_method(page):
     others = np.unique(found[~agree])
     assert len(others) <= 1
     assert not {*others} & {*np.unique(parts)}  # a colour of its own
-    texts = [text.get_text() for text in legend.get_legend().get_texts()]
-    assert len(texts) == len(IDS) + 1
-    assert all(any(str(label) in text for text in texts) for label in IDS)
+    (legend,) = page.subfigs[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["-1", *map(str, IDS), "A", "B"]
 
 
 def torchrun(script, *argv):
