@@ -51,7 +51,6 @@ import signal
 import sqlite3
 import sys
 import tempfile
-import threading
 import time
 import warnings
 import weakref
@@ -2103,13 +2102,18 @@ def export(checkpoint, out):
         import onnxruntime  # the check needs it: before anything is written
 
         program = torch.onnx.export(
-            network, (image,), input_names=["image"], dynamo=True, dynamic_shapes=[{0: batch}]
+            network,
+            (image,),
+            input_names=["image"],
+            dynamo=True,
+            dynamic_shapes=[{0: batch}],
+            verbose=False,
         )
     metadata = dataclasses.asdict(run.config) | {"ids": run.ids, "one_piece": run.one_piece}
     program.model.metadata_props["cps"] = json.dumps(metadata)
     atomic(out, program.save)
 
-    session = onnxruntime.InferenceSession(out)
+    session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {"image": image.numpy()})
     with torch.inference_mode():
         difference = np.abs(network(image).numpy() - logits).max()
@@ -2298,9 +2302,9 @@ def gain_text(gain):
     return f"{text} [{low:+.4f}, {high:+.4f}]"
 
 
-# Okabe and Ito's colours, which the colour-blind tell apart; of the labels, and where A and B differ.
+# Okabe and Ito's colours, which the colour-blind tell apart.
 LABEL_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#CC79A7")
-DIFFER = "#D55E00"
+DIFFER = "#D55E00"  # where A and B do
 
 
 def figure(run, best, cases):
@@ -2325,29 +2329,23 @@ def draw_method(row, run, case):
     image = case.array("image")
     patch = np.array(run.config.patch)
     rng = np.random.default_rng(0)
-    corner_a, corner_b = overlapping_corners(rng, image.shape, patch, run.config.min_overlap)
-    crop_a = image[tuple(map(slice, corner_a, corner_a + patch))]
-    crop_b = image[tuple(map(slice, corner_b, corner_b + patch))]
-    label_a = segment(run, crop_a, networks="a", largest=False)
-    label_b = segment(run, crop_b, networks="b", largest=False)
+    corners = overlapping_corners(rng, image.shape, patch, run.config.min_overlap)
+    says = np.full((2, *image.shape), -2, np.int16)  # of A and of B; -2: not in its crop
+    for i, corner in enumerate(corners):
+        box = tuple(map(slice, corner, corner + patch))
+        says[i][box] = segment(run, image[box], networks="ab"[i], largest=False)
+    both = np.where(says[0] == says[1], says[0], -1)
+    both[says.min(0) == -2] = 0  # not in the overlap
+    z = np.count_nonzero(both, (0, 1)).argmax()  # of most foreground
 
-    slices_a, slices_b = overlap_slices(corner_a, corner_b, patch)
-    both = label_a[slices_a].astype(int)
-    both[both != label_b[slices_b]] = -1
-    z = np.count_nonzero(both, (0, 1)).argmax()  # of the overlap, with most foreground
-    z_a = z + slices_a[2].start
-    z_b = z + slices_b[2].start
-    panels = (
-        (f"crops, {case.name[:12]}", image, 0 * image, z_a + corner_a[2]),
-        ("A says on its crop", crop_a, label_a, z_a),
-        ("B says on its crop", crop_b, label_b, z_b),
-        ("overlap: agree, differ", crop_a[slices_a], both, z),
-    )
-    whole = draw(row, run, case, panels)[0]
-    for name, corner, colour in (("A", corner_a, "cyan"), ("B", corner_b, "yellow")):
-        frame = Rectangle(corner[:2] - 0.5, *patch[:2], fill=False, color=colour, label=name)
-        whole.add_patch(frame)
-    handles, names = whole.get_legend_handles_labels()
+    titles = (f"crops, {case.name[:12]}", "A on its crop", "B on its crop", "agree, differ")
+    axes = draw(row, run, case, z, titles, (0 * both, *says, both))
+    for ax in axes:
+        for name, corner, colour in zip("AB", corners, ("cyan", "yellow")):
+            width, height, _ = patch
+            frame = Rectangle(corner[:2] - 0.5, width, height, fill=False, ec=colour, label=name)
+            ax.add_patch(frame)
+    handles, names = axes[0].get_legend_handles_labels()
     row.legend(handles, names, title="-1: differ", loc="outside right center")
 
 
@@ -2362,40 +2360,36 @@ def draw_log(row, rows):
 
 def draw_case(row, run, case):
     """Of a validation case the slice with most foreground: image, reference, A, B, A != B."""
-    image = case.array("image")
     ref = case.array("label")
-    label_a = segment(run, image, networks="a")
-    label_b = segment(run, image, networks="b")
+    label_a = segment(run, case.array("image"), networks="a")
+    label_b = segment(run, case.array("image"), networks="b")
     differ = np.where(label_a == label_b, 0, -1)
     z = np.count_nonzero(ref, (0, 1)).argmax()
-    panels = (
-        (case.name[:18], image, 0 * ref, z),  # longer names would overlap
-        ("reference", image, ref, z),
-        ("A", image, label_a, z),
-        ("B", image, label_b, z),
-        ("A != B", image, differ, z),
-    )
-    draw(row, run, case, panels)
+    titles = (case.name[:18], "reference", "A", "B", "A != B")  # longer names would overlap
+    draw(row, run, case, z, titles, (0 * ref, ref, label_a, label_b, differ))
 
 
-def draw(row, run, case, panels):
-    """Slices of volumes with their labels, of which -1 is where A and B differ. As radiologists see
-    them: the patient's right at the left, the front above. Returns the axes."""
+def draw(row, run, case, z, titles, volumes):
+    """Slice z of a case with labels (X, Y, Z), -1 where A and B differ; a panel for each volume.
+
+    As radiologists see it: the patient's right at the left, the front above. Returns the axes.
+    """
     from matplotlib.colors import to_rgba
 
     colours = {-1: DIFFER} | dict(zip(run.ids, itertools.cycle(LABEL_COLOURS)))
+    image = case.array("image")[:, :, z].T.astype(float)  # (y, x)
     view = {"origin": "lower", "aspect": case.spacing[1] / case.spacing[0]}
-    axes = row.subplots(1, len(panels))
-    for ax, (title, image, labels, z) in zip(axes, panels):
-        plane = labels[:, :, z].T  # (y, x)
-        overlay = np.zeros((*plane.shape, 4))
+    axes = row.subplots(1, len(volumes))
+    for ax, title, volume in zip(axes, titles, volumes):
+        labels = volume[:, :, z].T
+        overlay = np.zeros((*image.shape, 4))
         for label, colour in colours.items():
-            overlay[plane == label] = to_rgba(colour, 0.7)
+            overlay[labels == label] = to_rgba(colour, 0.7)
             ax.scatter([], [], color=colour, label=label)  # for the legend
-        ax.imshow(image[:, :, z].T.astype(float), "gray", **view)
+        ax.imshow(image, "gray", **view)
         ax.imshow(overlay, **view)
         ax.invert_xaxis()
-        ax.set_xticks((0, len(image) - 1), ("L", "R"))
+        ax.set_xticks((0, image.shape[1] - 1), ("L", "R"))
         ax.set_yticks(())
         ax.set_title(title, parse_math=False)  # a $ in a name is a $
     return axes
