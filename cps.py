@@ -2183,12 +2183,12 @@ def evaluate(predictions, references, flare22=False, tolerance=2.0, csv_file="")
     return code
 
 
-def score_rows(results):
-    """Rows (case, label, dice, nsd, hd95, held) of {case: {label: Scores}}."""
+def score_rows(results, *first):
+    """Rows (*first, case, label, dice, nsd, hd95, held) of {case: {label: Scores}}."""
     rows = []
     for name, scores in results.items():
         for label, numbers in scores.items():
-            rows.append((name, label, *numbers[:3], int(numbers.held)))
+            rows.append((*first, name, label, *numbers[:3], int(numbers.held)))
     return rows
 
 
@@ -2217,64 +2217,56 @@ def ablate(config, labelled=(2,), seeds=3):
     is done is not done again.
     """
     need(min(seeds, *labelled) > 0, "--seeds, --labelled: must be 1 or more")
-    arms = list(itertools.product(sorted(set(labelled)), ("supervised", "cps", "context")))
+    arms = list(itertools.product(labelled, ("supervised", "cps", "context")))
     arms.append((0, "supervised"))  # 0: all labels
     config = dataclasses.replace(config, resume=True)
     if not split_cases(dataclasses.replace(config, method="supervised"))["test"]:
         config = dataclasses.replace(config, test=config.val)
 
     # All splits are prepared and compared before the first run.
-    configs = []
+    runs = {arm: [] for arm in arms}  # configs, one a seed
     known = set()
     for (number, method), i in itertools.product(arms, range(seeds)):
         seed = config.seed + i
         out = f"{config.out}/{method}-{number or 'all'}-{seed}"
         own = dataclasses.replace(config, method=method, labelled=number, seed=seed, out=out)
-        configs.append(own)
+        runs[number, method].append(own)
         split = prepare(split_cases(own), own)
         need(split["test"], "--test 0: ablate scores test cases, and there are none; give a number")
         known.add(tuple(label_ids(split)))
         need(len(known) == 1, f"--labelled: seed {seed} has other labels; raise it or drop some")
 
-    scores = []
-    minutes = []
     rows = [("method", "labelled", "seed", "networks", "case", "label", *Scores._fields)]
-    for own in configs:
-        done = train(own)
-        both = test_scores(done["run"], done["test"], "both")
-        for networks, results in (("a", done["results"]), ("both", both)):
-            scores.append(score_array(results))
-            for row in score_rows(results):
-                rows.append((own.method, own.labelled, own.seed, networks, *row))
-        minutes.append(done["minutes"])
-    write_csv(Path(config.out) / "ablation.csv", rows)
-
-    scores = np.reshape(scores, (len(arms), seeds, 2, *scores[0].shape))
-    text = ablation_table(arms, scores, np.reshape(minutes, (len(arms), seeds)))
-    atomic(Path(config.out) / "ablation.md", Path.write_text, text + "\n", "utf-8")
-    print(f"\n{config.out}/ablation.md, {len(both)} test cases:\n{text}")
-
-
-def ablation_table(arms, scores, minutes):
-    """Markdown of the arms: scores (arms, seeds, 2, cases, labels, 4), those of network A and of
-    the mean of both, and minutes (arms, seeds)."""
-    scores[scores[..., 3] == 0] = nan  # a case that does not hold the label
     columns = ("method", "labels", "runs", "Dice of A", "HD95 of A, mm", "Dice of A and B")
-    rows = [(*columns, "gain of A [95 %]", "minutes")]
-    for (number, method), own, time_taken in zip(arms, scores, minutes):
-        dices = own[:, 0, :, :, 0]  # of A: (seeds, cases, labels)
-        gain = ""
+    table = [(*columns, "gain of A [95 %]", "minutes")]
+    for (number, method), configs in runs.items():
+        scores = []
+        minutes = []
+        for own in configs:
+            done = train(own)
+            both = test_scores(done["run"], done["test"], "both")
+            scores.append((score_array(done["results"]), score_array(both)))
+            minutes.append(done["minutes"])
+            rows += score_rows(done["results"], method, number, own.seed, "a")
+            rows += score_rows(both, method, number, own.seed, "both")
+
+        scores = np.array(scores)  # (seeds, A or both, cases, labels, 4)
+        scores[scores[..., 3] == 0] = nan  # the case does not hold the label
+        dices = scores[:, 0, :, :, 0]  # of A: (seeds, cases, labels)
         if method == "supervised":
             base = dices  # of the arms that follow
+            gain = ""
         else:
             gain = gain_text(dices - base)
         row = [method, number] if number else ["upper bound", "all"]
-        row.append(len(own))
-        row.append(over_seeds(dices))
-        row.append(over_seeds(own[:, 0, :, :, 2], digits=2))
-        row.append(over_seeds(own[:, 1, :, :, 0]))
-        rows.append((*row, gain, f"{time_taken.mean():.1f}"))
-    return markdown(rows)
+        row += [seeds, over_seeds(dices), over_seeds(scores[:, 0, :, :, 2], digits=2)]
+        row += [over_seeds(scores[:, 1, :, :, 0]), gain, f"{np.mean(minutes):.1f}"]
+        table.append(row)
+
+    text = markdown(table)
+    write_csv(Path(config.out) / "ablation.csv", rows)
+    atomic(Path(config.out) / "ablation.md", Path.write_text, text + "\n", "utf-8")
+    print(f"\n{config.out}/ablation.md, {len(both)} test cases:\n{text}")
 
 
 def over_seeds(tables, digits=4):
@@ -2314,8 +2306,8 @@ def figure(run, best, cases):
     count = 2 + len(cases)
     page = Figure((13, 3 * count), dpi=150, layout="constrained")
     rows = page.subfigures(count)
-    example = (run.split["unlabelled"] or run.split["labelled"])[0]
-    draw_method(rows[0], best, example)
+    examples = run.split["unlabelled"] + run.split["labelled"]
+    draw_method(rows[0], best, examples[0])
     draw_log(rows[1], run.rows)
     for row, case in zip(rows[2:], cases):
         draw_case(row, best, case)
@@ -2342,11 +2334,10 @@ def draw_method(row, run, case):
     axes = draw(row, run, case, z, titles, (0 * both, *says, both))
     for ax in axes:
         for name, corner, colour in zip("AB", corners, ("cyan", "yellow")):
-            width, height, _ = patch
-            frame = Rectangle(corner[:2] - 0.5, width, height, fill=False, ec=colour, label=name)
+            frame = Rectangle(corner[:2] - 0.5, *patch[:2], fill=False, ec=colour, label=name)
             ax.add_patch(frame)
-    handles, names = axes[0].get_legend_handles_labels()
-    row.legend(handles, names, title="-1: differ", loc="outside right center")
+    legend = axes[0].get_legend_handles_labels()
+    row.legend(*legend, title="-1: differ", loc="outside right center")
 
 
 def draw_log(row, rows):
@@ -2378,7 +2369,7 @@ def draw(row, run, case, z, titles, volumes):
 
     colours = {-1: DIFFER} | dict(zip(run.ids, itertools.cycle(LABEL_COLOURS)))
     image = case.array("image")[:, :, z].T.astype(float)  # (y, x)
-    view = {"origin": "lower", "aspect": case.spacing[1] / case.spacing[0]}
+    aspect = case.spacing[1] / case.spacing[0]
     axes = row.subplots(1, len(volumes))
     for ax, title, volume in zip(axes, titles, volumes):
         labels = volume[:, :, z].T
@@ -2386,11 +2377,11 @@ def draw(row, run, case, z, titles, volumes):
         for label, colour in colours.items():
             overlay[labels == label] = to_rgba(colour, 0.7)
             ax.scatter([], [], color=colour, label=label)  # for the legend
-        ax.imshow(image, "gray", **view)
-        ax.imshow(overlay, **view)
+        ax.imshow(image, "gray", aspect=aspect)
+        ax.imshow(overlay, aspect=aspect)
         ax.invert_xaxis()
-        ax.set_xticks((0, image.shape[1] - 1), ("L", "R"))
-        ax.set_yticks(())
+        ax.invert_yaxis()
+        ax.set(xticks=(0, image.shape[1] - 1), xticklabels=("L", "R"), yticks=())
         ax.set_title(title, parse_math=False)  # a $ in a name is a $
     return axes
 

@@ -2803,7 +2803,7 @@ def test_ablate_compares_arms_of_equal_steps_on_cases_that_choose_nothing(monkey
     text = pathlib.Path("run/ablation.md").read_text()
     assert capsys.readouterr().out.endswith(text)
     table = rows_of(text)
-    arms = [*itertools.product("12", ("supervised", "cps", "context")), ("all", "upper bound")]
+    arms = [*itertools.product("21", ("supervised", "cps", "context")), ("all", "upper bound")]
     assert [(row[1], row[0]) for row in table[1:]] == arms and len(steps) == 3 * len(arms) * 2
 
     rows = table_of("run/ablation.csv")
