@@ -1379,14 +1379,16 @@ def corner_codes(mask):
     Between 0 and 255 on the surface of a bool mask (X, Y, Z).
     """
     weights = 2 ** np.arange(8).reshape(2, 2, 2)  # a convolution takes them from the end
-    return ndimage.convolve(np.pad(mask, 1).astype(np.uint8), weights)[:-1, :-1, :-1]
+    padded = np.pad(mask, (1, 0)).astype(np.uint8)
+    return ndimage.convolve(padded, weights, mode="constant")  # outside is 0
 
 
 def surface_scores(pred, ref, spacing, tolerance):
     """Surface Dice and 95 % Hausdorff distance of two bool arrays, from the same distances."""
     if not pred.any() or not ref.any():
         return float(pred.any() == ref.any()), nan
-    codes = [corner_codes(pred), corner_codes(ref)]
+    box = ndimage.find_objects((pred | ref).astype(np.uint8))[0]  # around both: it is enough
+    codes = [corner_codes(pred[box]), corner_codes(ref[box])]
     surfaces = [np.argwhere(code % 255) for code in codes]  # corners, int (n, 3)
     near = 0.0  # mm2 of both surfaces
     total = 0.0
@@ -2066,7 +2068,8 @@ def report(run):
 def predict(checkpoint, images, out, networks="a", largest=True, device="auto"):
     """Segment a scan, or the scans of a folder. Returns the exit code: 1 if some could not be.
 
-    out: a folder, or for one scan the .nii or .nii.gz file to write. networks: a, b or both.
+    out: a folder, or for one scan the .nii or .nii.gz file to write. networks, largest: see
+    `segment`.
     """
     run = Run.load(checkpoint, device=device)
     scans = list_scans(images, images=True)
@@ -2079,9 +2082,8 @@ def predict(checkpoint, images, out, networks="a", largest=True, device="auto"):
         same = target.resolve() == path.resolve() or path.parent.resolve() == out.resolve()
         need(not same, f"{path}: is in OUT_DIR; choose another")
         volume, spacing, scan = read_scan(path)
-        shape = volume.shape
-        volume = preprocess(volume, spacing, run.config, path)
-        write_like(segment(run, volume, shape, networks, largest), scan, target)
+        image = preprocess(volume, spacing, run.config, path)
+        write_like(segment(run, image, volume.shape, networks, largest), scan, target)
 
     return for_each("predicting", scans, one)
 
@@ -2147,8 +2149,8 @@ def evaluate(predictions, references, flare22=False, tolerance=2.0, csv_file="")
 
     missing = sorted(known.keys() - found.keys())
     surplus = sorted(found.keys() - known.keys())
-    sentence = f"{predictions}: {surplus[:3]} pair with none of {missing[:3]}; rename them"
-    need(len(missing) < len(known), sentence)
+    paired = len(missing) < len(known)
+    need(paired, f"{predictions}: {surplus[:3]} pair with none of {missing[:3]}; rename them")
     if missing or surplus:
         counts = f"{len(missing)} count as empty: {missing[:5]}"
         warn(f"{predictions}: {counts}; {len(surplus)} have no reference: {surplus[:5]}")
@@ -2217,8 +2219,7 @@ def ablate(config, labelled=(2,), seeds=3):
     is done is not done again.
     """
     need(min(seeds, *labelled) > 0, "--seeds, --labelled: must be 1 or more")
-    arms = list(itertools.product(labelled, ("supervised", "cps", "context")))
-    arms.append((0, "supervised"))  # 0: all labels
+    arms = [*itertools.product(labelled, ("supervised", "cps", "context")), (0, "supervised")]
     config = dataclasses.replace(config, resume=True)
     if not split_cases(dataclasses.replace(config, method="supervised"))["test"]:
         config = dataclasses.replace(config, test=config.val)
