@@ -1327,7 +1327,7 @@ class Scores(NamedTuple):
     """Of one label in one case."""
 
     dice: float
-    nsd: float  # surface Dice; NaN if not asked for
+    nsd: float  # surface Dice
     hd95: float  # mm; NaN where prediction or reference is empty
     held: bool  # the reference holds the label
 
@@ -1340,14 +1340,14 @@ def surfel_areas(spacing):
     """
     areas = np.zeros(256)
     faces = np.prod(spacing) / np.array(spacing)  # mm2 of a voxel's face, across each axis
-    turns = list(itertools.permutations(range(3)))
-    mirrors = list(itertools.product((1, -1), repeat=3))
-    for code, triangles in SURFELS.items():
-        voxels = np.unpackbits(np.uint8(code)).reshape(2, 2, 2)
-        normals = np.array([list(digits) for digits in triangles.split()], float) / 8
-        for axes, (i, j, k) in itertools.product(turns, mirrors):
-            twin = voxels.transpose(axes)[::i, ::j, ::k]
+    turns = itertools.permutations(range(3))
+    mirrors = itertools.product((1, -1), repeat=3)
+    for axes, (i, j, k) in itertools.product(turns, mirrors):
+        for code, triangles in SURFELS.items():
+            normals = np.array([list(digits) for digits in triangles.split()], float) / 8
             area = np.linalg.norm(normals[:, axes] * faces, axis=1).sum()
+            voxels = np.unpackbits(np.uint8(code)).reshape(2, 2, 2)
+            twin = voxels.transpose(axes)[::i, ::j, ::k]
             areas[np.packbits(twin)] = area
             areas[np.packbits(1 - twin)] = area
     return areas
@@ -1358,51 +1358,30 @@ def corner_codes(mask):
 
     Between 0 and 255 on the surface of a bool mask (X, Y, Z).
     """
-    code = np.pad(mask, 1).view(np.uint8)
-    code = code[:, :, :-1] << 1 | code[:, :, 1:]
-    code = code[:, :-1] << 2 | code[:, 1:]
-    return code[:-1] << 4 | code[1:]
-
-
-def surface_distances(pred, ref, spacing):
-    """Distances between the surfaces of two bool arrays (X, Y, Z), neither empty.
-
-    Returns two pairs, for the surface corners of pred and for those of ref: float (n,), mm to the
-    nearest corner of the other surface, and float (n,), mm2 of surface at the corner.
-    """
-    box = ndimage.find_objects((pred | ref).view(np.uint8))[0]  # around both: it is enough
-    codes = [corner_codes(pred[box]), corner_codes(ref[box])]
-    on_surface = [code % 255 > 0 for code in codes]
-    areas = surfel_areas(tuple(spacing))
-
-    pairs = []
-    for code, here, there in zip(codes, on_surface, on_surface[::-1]):
-        distances = np.zeros(code.shape)
-        alone = np.argwhere(here & ~there)  # all others are at a distance of 0
-        corners = np.argwhere(there)
-        tree = spatial.cKDTree(corners * spacing, leafsize=32, balanced_tree=False)
-        nearest = tree.query(alone * spacing, workers=-1)[1]
-        # Anew from whole numbers, so that a distance at the tolerance is not rounded beyond it.
-        offsets = (alone - corners[nearest]) * spacing
-        distances[here & ~there] = np.sqrt((offsets**2).sum(1))
-        pairs.append((distances[here], areas[code[here]]))
-    return pairs
+    weights = 2 ** np.arange(8).reshape(2, 2, 2)  # a convolution takes them from the end
+    padded = np.pad(mask, (1, 0)).astype(np.uint8)
+    return ndimage.convolve(padded, weights, mode="constant")  # outside is 0
 
 
 def surface_scores(pred, ref, spacing, tolerance):
     """Surface Dice and 95 % Hausdorff distance of two bool arrays, from the same distances."""
     if not pred.any() or not ref.any():
         return float(pred.any() == ref.any()), nan
+    box = ndimage.find_objects((pred | ref).astype(np.uint8))[0]  # around both: it is enough
+    codes = [corner_codes(pred[box]), corner_codes(ref[box])]
+    surfaces = [np.argwhere(code % 255) for code in codes]  # corners, int (n, 3)
     near = 0.0  # mm2 of both surfaces
     total = 0.0
     hd95 = 0.0  # the larger of the two directions
-    for distances, areas in surface_distances(pred, ref, spacing):
+    for code, here, there in zip(codes, surfaces, surfaces[::-1]):
+        areas = surfel_areas(tuple(spacing))[code[tuple(here.T)]]  # (n,), mm2
+        nearest = spatial.KDTree(there * spacing).query(here * spacing, workers=-1)[1]
+        # Anew from whole numbers, so that a distance at the tolerance is not rounded beyond it.
+        distances = np.linalg.norm((here - there[nearest]) * spacing, axis=1)  # (n,), mm
         near += areas[distances <= tolerance].sum()
         total += areas.sum()
-        order = distances.argsort()
-        share = areas[order].cumsum() / areas.sum()
-        index = min(np.searchsorted(share, 0.95), len(order) - 1)
-        hd95 = max(hd95, distances[order[index]])
+        within = np.quantile(distances, 0.95, weights=areas, method="inverted_cdf")
+        hd95 = max(hd95, within)
     return float(near / total), float(hd95)
 
 
@@ -1423,45 +1402,37 @@ def hausdorff95(pred, ref, spacing):
     return surface_scores(pred, ref, spacing, 0)[1]
 
 
-def evaluate_case(pred, ref, spacing, labels=None, tolerances=None, flare22=False):
+def evaluate_case(pred, ref, spacing, labels, tolerances, flare22=False):
     """{label: Scores} of two integer arrays (X, Y, Z), 0 to 255. spacing: mm, in array order.
 
-    labels: None for those that are there. tolerances: mm, one for all or a dict or sequence; None:
-    Dice alone. flare22: the rules of the challenge, but a tube on one slice is scored, no crash.
+    tolerances: mm, one for all or {label: mm}. flare22: the rules of the challenge, but a tube on
+    one slice is scored, no crash.
     """
-    both = np.stack((pred, ref)).astype(np.uint8, copy=False)
-    boxes = ndimage.find_objects(both, 255)  # around a label in both; None: it is in neither
-    if labels is None:
-        labels = [label for label, box in enumerate(boxes, start=1) if box]
     if not isinstance(tolerances, dict):
-        tolerances = dict(zip(labels, np.broadcast_to(tolerances, len(labels))))
-
+        tolerances = dict.fromkeys(labels, tolerances)
+    both = np.stack((pred, ref))  # (2, X, Y, Z)
+    boxes = ndimage.find_objects(both, 255)  # around a label in both; None: it is in neither
     results = {}
     for label in labels:
-        tolerance = tolerances[label]
-        box = boxes[label - 1]
-        if box is None:
-            results[label] = Scores(1.0, nan if tolerance is None else 1.0, nan, False)
-            continue
+        box = boxes[label - 1] or np.s_[:, :0]  # in neither: no voxel
         p, r = both[(..., *box[1:])] == label  # bool, cut to the box
-        held = bool(r.any())
-        if flare22 and held and label in FLARE22_TUBES:
+        if flare22 and label in FLARE22_TUBES and r.any():
             z = np.flatnonzero(r.any((0, 1)))
-            last = max(z[-1], z[0] + 1)
-            slices = slice(z[0], last)  # the challenge drops the last slice
+            slices = slice(z[0], max(z[-1], z[0] + 1))  # the challenge drops the last slice
             p = p[:, :, slices]
             r = r[:, :, slices]
-
         overlap = dice(p, r)
-        nsd = nan
-        hd95 = nan
-        if tolerance is not None:
-            nsd, hd95 = surface_scores(p, r, spacing, tolerance)
+        nsd, hd95 = surface_scores(p, r, spacing, tolerances[label])
         if flare22:
             nsd = float(np.round(nsd * (overlap >= 0.2), 4))
             overlap = float(np.round(overlap, 4))
-        results[label] = Scores(overlap, nsd, hd95, held)
+        results[label] = Scores(overlap, nsd, hd95, bool(r.any()))
     return results
+
+
+def score_array(results):
+    """float (cases, labels, 4) of {case: {label: Scores}}."""
+    return np.array([list(scores.values()) for scores in results.values()], float)
 
 
 def markdown(rows):
@@ -1488,15 +1459,18 @@ def table(results, head="2 mm", flare22=False):
     head: of the NSD. flare22: Dice and NSD over all cases, as in the challenge. The last row is the
     mean over the labels.
     """
-    scores = score_array(results, all_cases=flare22)  # (cases, labels, 4)
+    scores = score_array(results)
     held = scores[:, :, 3] > 0
+    if not flare22:
+        scores[~held] = nan
+
     rows = [("label", "n", "Dice", f"NSD ({head})", "HD95 mm")]
     for i, label in enumerate(next(iter(results.values()))):
         dices, nsds, distances, _ = scores[:, i].T
         n = np.count_nonzero(held[:, i])
         defined = np.count_nonzero(np.isfinite(distances))
         text = spread(distances, 2)
-        if 0 < defined != n:
+        if defined != n:
             text += f" (n = {defined})"
         rows.append((label, n, spread(dices), spread(nsds), text))
     means = [mean_dice(scores[:, :, column]) for column in range(3)]
@@ -2040,8 +2014,6 @@ def report(run):
 
 # 13. Commands
 # --------------------------------------------------------------------------------------------------
-
-
 def predict(
     checkpoint: str,  # best.pt or last.pt of a run
     images: str,  # a NIfTI file or a folder of them
@@ -2062,9 +2034,8 @@ def predict(
         same = target.resolve() == path.resolve() or path.parent.resolve() == out.resolve()
         need(not same, f"{path}: is in OUT_DIR; choose another")
         volume, spacing, scan = read_scan(path)
-        shape = volume.shape
-        volume = preprocess(volume, spacing, run.config, path)
-        write_like(segment(run, volume, shape, networks, largest), scan, target)
+        image = preprocess(volume, spacing, run.config, path)
+        write_like(segment(run, image, volume.shape, networks, largest), scan, target)
 
     return for_each("predicting", scans, one)
 
@@ -2083,6 +2054,7 @@ def export(
     network = run.networks[0].eval()
     network.to(memory_format=torch.contiguous_format)  # there the norm is more exact on a CPU
     image = torch.randn(2, 1, *run.config.patch)
+    batch = torch.export.Dim("batch")
     with blame(out, "not made", "pip install onnxscript onnxruntime", ImportError):
         import onnxruntime  # the check needs it: before anything is written
 
@@ -2091,7 +2063,7 @@ def export(
             (image,),
             input_names=["image"],
             dynamo=True,
-            dynamic_shapes=[{0: torch.export.Dim("batch")}],
+            dynamic_shapes=[{0: batch}],
             verbose=False,
         )
     metadata = dataclasses.asdict(run.config) | {"ids": run.ids, "one_piece": run.one_piece}
@@ -2115,11 +2087,8 @@ def info(
     All is counted, nothing timed; memory is that of a GPU with mixed precision, unless --no-amp.
     """
     need(2 <= classes <= 256, f"--classes {classes}: must be 2 to 256, with background")
-    for name in ("method", "patch", "batch", "clip", "lr", "momentum", "weight_decay", "init_b"):
-        print(f"{name:<12} {getattr(config, name)}")
-    steps = config.epochs * config.epoch_steps
-    print(f"schedule     {steps:,} steps, lr halved every {config.halve_epochs} epochs")
-    print("settings  ", settings(config))
+    for name, value in vars(config).items():
+        print(f"{name:<16} {value}")
     protocol(config, classes, gpu=config.device != "cpu")
 
 
@@ -2139,52 +2108,51 @@ def evaluate(
     found = list_scans(predictions)
     if Path(predictions).is_file() and Path(references).is_file():
         found = dict(zip(known, found.values()))  # two files always go together
+
     missing = sorted(known.keys() - found.keys())
     surplus = sorted(found.keys() - known.keys())
-    pairs = len(known) > len(missing)
-    need(pairs, f"{predictions}: {surplus[:3]} pair with none of {missing[:3]}; rename them")
-    if surplus:
-        warn(f"{predictions}: no reference for {surplus[:5]}, {len(surplus)} in all; not counted")
-    if missing:
-        warn(f"{predictions}: no prediction for {missing[:5]}, {len(missing)} in all; empty")
+    paired = len(missing) < len(known)
+    need(paired, f"{predictions}: {surplus[:3]} pair with none of {missing[:3]}; rename them")
+    if missing or surplus:
+        counts = f"{len(missing)} count as empty: {missing[:5]}"
+        warn(f"{predictions}: {counts}; {len(surplus)} have no reference: {surplus[:5]}")
 
+    tolerances = dict.fromkeys(range(1, 256), tolerance)  # mm for each label
+    head = f"{tolerance:g} mm"
+    if flare22:
+        tolerances = FLARE22
+        head = "FLARE22"
     results = {}
-    empty = set(known)
-    labels = FLARE22 if flare22 else None  # None: all there are
-    tolerances = FLARE22 if flare22 else tolerance
+    used = set()  # labels that there are
 
-    def score(name, path):
+    def one(name, path):
         ref, spacing, scan = read_scan(path, is_label=True, canonical=False)
         pred = np.zeros_like(ref)
         try:
             if name in found:
                 pred = read_scan(found[name], is_label=True, canonical=False, like=scan)[0]
-                empty.discard(name)
         finally:  # a refused one is an error, but has its row
-            results[name] = evaluate_case(pred, ref, spacing, labels, tolerances, flare22)
+            results[name] = evaluate_case(pred, ref, spacing, tolerances, tolerances, flare22)
+            used.update(label_boxes(ref), label_boxes(pred))
 
-    code = for_each("evaluating", known, score)
-    if not results:
-        return code
-    ids = sorted(set().union(*results.values())) or [1]
-    absent = Scores(1.0, 1.0, nan, False)  # in neither file of a case
-    for name, scores in results.items():
-        results[name] = {label: scores.get(label, absent) for label in ids}
-    print(table(results, "FLARE22" if flare22 else f"{tolerance:g} mm", flare22))
-    empty &= results.keys()
-    if empty:
-        print(f"{len(empty)} of {len(results)} predictions missing or refused: counted as empty")
+    code = for_each("evaluating", known, one)
+    ids = FLARE22 if flare22 else sorted(used)
+    if results and ids:
+        for name, scores in results.items():
+            results[name] = {label: scores[label] for label in ids}
+        print(table(results, head, flare22))
+        print("A prediction that is missing or refused counts as empty.")
     if csv:
         write_csv(csv, [("case", "label", *Scores._fields), *score_rows(results)])
     return code
 
 
-def score_rows(results):
-    """Rows (case, label, dice, nsd, hd95, held) of {case: {label: Scores}}."""
+def score_rows(results, *first):
+    """Rows (*first, case, label, dice, nsd, hd95, held) of {case: {label: Scores}}."""
     rows = []
     for name, scores in results.items():
         for label, numbers in scores.items():
-            rows.append((name, label, *numbers[:3], int(numbers.held)))
+            rows.append((*first, name, label, *numbers[:3], int(numbers.held)))
     return rows
 
 
@@ -2195,13 +2163,13 @@ def write_csv(path, rows):
     atomic(path, Path.write_text, text.getvalue(), "utf-8")
 
 
-def test_scores(run, cases, networks="a", tolerance=2.0):
+def test_scores(run, cases, networks="a"):
     """{case name: {id: Scores}}, on the grids of the scans, against the label files themselves."""
     results = {}
     for case in cases:
         ref, spacing, _ = read_scan(case.label, is_label=True)
         pred = segment(run, case.array("image"), ref.shape, networks)
-        results[case.name] = evaluate_case(pred, ref, spacing, run.ids, tolerance)
+        results[case.name] = evaluate_case(pred, ref, spacing, run.ids, tolerances=2.0)
     return results
 
 
@@ -2214,74 +2182,59 @@ def ablate(
 
     Writes ablation.csv and ablation.md into --out. What is trained is not trained again.
     """
-    need(seeds > 0, f"--seeds {seeds}: must be 1 or more")
-    need(min(labelled) > 0, f"--labelled {min(labelled)}: must be 1 or more")
+    need(min(seeds, *labelled) > 0, "--seeds, --labelled: must be 1 or more")
     need(config.method == "context", "--method: ablate compares all of them; leave it out")
+    arms = list(itertools.product(sorted(set(labelled)), ("supervised", "cps", "context")))
+    arms.append((0, "supervised"))  # all labels
+    config = dataclasses.replace(config, resume=True)
     if not split_cases(dataclasses.replace(config, method="supervised"))["test"]:
         config = dataclasses.replace(config, test=config.val)
-    arms = list(itertools.product(sorted(set(labelled)), ("supervised", "cps", "context")))
-    arms.append(("all", "supervised"))
-    configs = {}
-    for (number, method), seed in itertools.product(arms, range(seeds)):
-        own = dataclasses.replace(
-            config,
-            labelled=0 if number == "all" else number,
-            method=method,
-            seed=config.seed + seed,
-            out=f"{config.out}/{method}-{number}-{config.seed + seed}",
-            resume=True,
-        )
-        configs.setdefault((number, method), []).append(own)
-    compare_splits(itertools.chain(*configs.values()))
 
+    # All splits are prepared and compared before the first run.
+    runs = {arm: [] for arm in arms}  # configs, one a seed
+    known = set()
+    for (number, method), i in itertools.product(arms, range(seeds)):
+        seed = config.seed + i
+        out = f"{config.out}/{method}-{number or 'all'}-{seed}"
+        own = dataclasses.replace(config, method=method, labelled=number, seed=seed, out=out)
+        runs[number, method].append(own)
+        split = prepare(split_cases(own), own)
+        need(split["test"], "--test 0: ablate scores test cases, and there are none; give a number")
+        known.add(tuple(label_ids(split)))
+        need(len(known) == 1, f"--labelled: seed {seed} has other labels; raise it or drop some")
+
+    rows = [("method", "labels", "seed", "networks", "case", "label", *Scores._fields)]
     columns = ("method", "labels", "runs", "Dice of A", "HD95 of A, mm", "Dice of A and B")
-    rows = [(*columns, "gain of A [95 %]", "minutes")]
-    table = [("method", "labels", "seed", "networks", "case", "label", *Scores._fields)]
-    base = None  # Dice of supervised training with the same labels
-    for (number, method), group in configs.items():
-        scores = []  # of each seed: of A, of the mean of A and B
+    summary = [(*columns, "gain of A [95 %]", "minutes")]
+    for (number, method), configs in runs.items():
+        labels = number or "all"
+        scores = []
         minutes = []
-        for own in group:
-            done = train(own)  # if it is finished, it is only tested
-            results = {"a": done["results"], "both": test_scores(done["run"], done["test"], "both")}
-            scores.append([score_array(found) for found in results.values()])
+        for own in configs:
+            done = train(own)
+            both = test_scores(done["run"], done["test"], "both")
+            scores.append((score_array(done["results"]), score_array(both)))
             minutes.append(done["minutes"])
-            for networks, found in results.items():
-                table += [(method, number, own.seed, networks, *row) for row in score_rows(found)]
-        dices, _, distances, _ = np.moveaxis(scores, -1, 0)  # (seeds, 2, cases, labels) each
-        gain = ""
+            rows += score_rows(done["results"], method, labels, own.seed, "a")
+            rows += score_rows(both, method, labels, own.seed, "both")
+
+        scores = np.array(scores)  # (seeds, A or both, cases, labels, 4)
+        scores[scores[..., 3] == 0] = nan  # the case does not hold the label
+        dices = scores[:, 0, :, :, 0]  # of A: (seeds, cases, labels)
         if method == "supervised":
-            base = dices[:, 0]
+            base = dices  # of the arms that follow
+            gain = ""
         else:
-            gain = gain_text(dices[:, 0] - base)
-        texts = (over_seeds(dices[:, 0]), over_seeds(distances[:, 0], 2), over_seeds(dices[:, 1]))
-        rows.append((method, number, len(group), *texts, gain, f"{np.mean(minutes):.1f}"))
-    write_csv(f"{config.out}/ablation.csv", table)
-    atomic(f"{config.out}/ablation.md", Path.write_text, markdown(rows) + "\n", "utf-8")
-    print(f"\n{config.out}/ablation.md:\n{markdown(rows)}")
-    return 0
+            gain = gain_text(dices - base)
+        row = [method, labels, seeds, over_seeds(dices)]
+        row += [over_seeds(scores[:, 0, :, :, 2], digits=2)]
+        row += [over_seeds(scores[:, 1, :, :, 0]), gain, f"{np.mean(minutes):.1f}"]
+        summary.append(row)
 
-
-def compare_splits(configs):
-    """Prepare the cases of some runs, and refuse runs without test cases or with other labels."""
-    first = None
-    for config in configs:
-        split = prepare(split_cases(config), config)
-        need(split["test"], "--test 0: there are no test cases to score; give a number of them")
-        ids = label_ids(split)
-        first = first or ids
-        same = (
-            f"--labelled: seed {config.seed} has other labels than {first}; raise it or drop some"
-        )
-        need(ids == first, same)
-
-
-def score_array(results, all_cases=False):
-    """{case: {label: Scores}} as float (cases, labels, 4), NaN where a case lacks the label."""
-    scores = np.array([list(case.values()) for case in results.values()])
-    if not all_cases:
-        scores[scores[:, :, 3] == 0] = nan
-    return scores
+    text = markdown(summary)
+    write_csv(Path(config.out) / "ablation.csv", rows)
+    atomic(Path(config.out) / "ablation.md", Path.write_text, text + "\n", "utf-8")
+    print(f"\n{config.out}/ablation.md, {len(both)} test cases:\n{text}")
 
 
 def over_seeds(tables, digits=4):
@@ -2299,13 +2252,12 @@ def gain_text(gain):
     if min(seeds, cases) == 1:
         return text
     rng = np.random.default_rng(0)
-    seed_counts = rng.multinomial(seeds, np.full(seeds, 1 / seeds), 10_000)  # how often each came
-    case_counts = rng.multinomial(cases, np.full(cases, 1 / cases), 10_000)
-    held = np.isfinite(gain[0])  # (cases, labels)
-    sums = np.einsum("ds,dc,scl->dl", seed_counts, case_counts, np.nan_to_num(gain))
-    counts = seeds * case_counts @ held  # (draws, labels)
-    with np.errstate(invalid="ignore"):  # 0 / 0, where no case that came holds the label
-        means = np.nanmean(sums / counts, axis=1)
+    means = []
+    for _ in range(10_000):
+        some_seeds = rng.integers(seeds, size=seeds)
+        some_cases = rng.integers(cases, size=cases)
+        drawn = gain[some_seeds].mean(0)[some_cases]  # (cases, labels)
+        means.append(mean_dice(drawn))
     low, high = np.nanpercentile(means, (2.5, 97.5))
     return f"{text} [{low:+.4f}, {high:+.4f}]"
 
@@ -2319,104 +2271,87 @@ def figure(run, best, cases):
     """Write figure.png: the method on one volume, the curves of the log, some cases."""
     from matplotlib.figure import Figure  # optional
 
-    examples = (run.split["unlabelled"] or cases)[:1]
-    count = len(examples) + 1 + len(cases)
+    count = 2 + len(cases)
     page = Figure((13, 3 * count), dpi=150, layout="constrained")
-    rows = iter(page.subfigures(count, squeeze=False)[:, 0])
-    for case in examples:
-        draw_method(next(rows).subplots(1, 4), best, case)
-    draw_log(next(rows).subplots(1, 3), run.rows)
-    for case in cases:
-        draw_case(next(rows).subplots(1, 5), best, case)
+    rows = page.subfigures(count)
+    examples = run.split["unlabelled"] + run.split["labelled"]
+    draw_method(rows[0], best, examples[0])
+    draw_log(rows[1], run.rows)
+    for row, case in zip(rows[2:], cases):
+        draw_case(row, best, case)
     atomic(run.path("figure.png"), page.savefig)
 
 
-@torch.inference_mode()
-def draw_method(axes, run, case):
+def draw_method(row, run, case):
     """Both crops of a volume, what A says on the one, B on the other, and both on the overlap."""
-    from matplotlib.patches import Patch, Rectangle
+    from matplotlib.patches import Rectangle
 
     image = case.array("image")
     patch = np.array(run.config.patch)
     rng = np.random.default_rng(0)
     corners = overlapping_corners(rng, image.shape, patch, run.config.min_overlap)
-    crops = []
-    labels = []
-    for network, corner in zip(run.networks, corners):
-        crop = cut_box(image, corner, patch, outside=np.float32(0))
-        with run.autocast:
-            logits = network(torch.from_numpy(crop)[None, None].to(run.device))
-        crops.append(crop)
-        labels.append(np.array([0, *run.ids])[pseudo_label(logits)[0].cpu()])
+    says = np.full((2, *image.shape), -2, np.int16)  # of A and of B; -2: not in its crop
+    for i, corner in enumerate(corners):
+        box = tuple(map(slice, corner, corner + patch))
+        says[i][box] = segment(run, image[box], networks="ab"[i], largest=False)
+    both = np.where(says[0] == says[1], says[0], -1)
+    both[says.min(0) == -2] = 0  # not in the overlap
+    z = np.count_nonzero(both, (0, 1)).argmax()  # of most foreground
 
-    slices_a, slices_b = overlap_slices(*corners, patch)
-    label_a = labels[0][slices_a]
-    label_b = labels[1][slices_b]
-    both = np.where(label_a == label_b, label_a, -1)
-    plane = np.count_nonzero(both, (0, 1)).argmax()  # of the overlap, with most foreground
-    z = plane + max(corners[0][2], corners[1][2])  # of the volume
-    draw(axes[0], run, case, image, np.zeros(image.shape), z, f"crops, {case.name[:12]}")
-    draw(axes[3], run, case, crops[0][slices_a], both, plane, "overlap: agree, differ")
-    for i, colour in enumerate(("cyan", "yellow")):
-        corner = corners[i]
-        draw(axes[1 + i], run, case, crops[i], labels[i], z - corner[2], f"{'AB'[i]} on its crop")
-        frame = Rectangle(corner[:2] - 0.5, *patch[:2], fill=False, color=colour, lw=2)
-        axes[0].add_patch(frame)
-        axes[0].annotate("AB"[i], frame.get_center(), color=colour, size=16)
-
-    names = {-1: "A != B"} | {label: f"label {label}" for label in run.ids}
-    colours = label_colours(run.ids)
-    handles = [Patch(color=colours[label], label=name) for label, name in names.items()]
-    axes[3].legend(handles=handles, bbox_to_anchor=(1, 1), loc="upper left")
+    titles = (f"crops, {case.name[:12]}", "A on its crop", "B on its crop", "agree, differ")
+    axes = draw(row, run, case, z, titles, (0 * both, *says, both))
+    for ax in axes:
+        for name, corner, colour in zip("AB", corners, ("cyan", "yellow")):
+            frame = Rectangle(corner[:2] - 0.5, *patch[:2], fill=False, ec=colour, label=name)
+            ax.add_patch(frame)
+    legend = axes[0].get_legend_handles_labels()
+    row.legend(*legend, title="-1: differ", loc="outside right center")
 
 
-def draw_log(axes, rows):
+def draw_log(row, rows):
     """The curves of the log: the losses, the signs of collapse, Dice."""
-    columns = np.reshape(rows, (-1, len(LOG))).T
-    log = dict(zip(LOG, columns))
-    groups = (("loss_sup", "loss_cps"), ("agreement", "foreground", "overlap"), ("dice",))
-    for ax, names in zip(axes, groups):
-        for name, style in zip(names, ("o-", "x--", "s:")):
-            known = np.isfinite(log[name])  # Dice is not of each epoch
-            ax.plot(log["step"][known], log[name][known], style, ms=3, label=name)
-        ax.set_xlabel("step")
-        ax.legend()
+    log = dict(zip(LOG, np.array(rows).T))
+    names = ("loss_sup", "loss_cps", "agreement", "foreground", "overlap", "dice")
+    for ax, name in zip(row.subplots(1, 6), names):
+        ax.plot(log["step"], log[name], ".-")
+        ax.set(title=name, xlabel="step")
 
 
-def draw_case(axes, run, case):
+def draw_case(row, run, case):
     """Of a validation case the slice with most foreground: image, reference, A, B, A != B."""
-    image = case.array("image")
     ref = case.array("label")
-    label_a = segment(run, image, networks="a")
-    label_b = segment(run, image, networks="b")
+    label_a = segment(run, case.array("image"), networks="a")
+    label_b = segment(run, case.array("image"), networks="b")
+    differ = np.where(label_a == label_b, 0, -1)
     z = np.count_nonzero(ref, (0, 1)).argmax()
     titles = (case.name[:18], "reference", "A", "B", "A != B")  # longer names would overlap
-    overlays = (0 * ref, ref, label_a, label_b, -1 * (label_a != label_b))
-    for ax, labels, title in zip(axes, overlays, titles):
-        draw(ax, run, case, image, labels, z, title)
+    draw(row, run, case, z, titles, (0 * ref, ref, label_a, label_b, differ))
 
 
-def draw(ax, run, case, image, labels, z, title):
-    """Slice z of an image and of labels (X, Y, Z) as radiologists see it: the patient's right at
-    the left, the front above."""
+def draw(row, run, case, z, titles, volumes):
+    """Slice z of a case with labels (X, Y, Z), -1 where A and B differ; a panel for each volume.
+
+    As radiologists see it: the patient's right at the left, the front above. Returns the axes.
+    """
     from matplotlib.colors import to_rgba
 
-    overlay = np.zeros((*labels.shape[:2], 4))
-    for label, colour in label_colours(run.ids).items():
-        overlay[labels[:, :, z] == label] = to_rgba(colour, 0.7)
-    view = {"origin": "lower", "aspect": case.spacing[1] / case.spacing[0]}
-    ax.imshow(image[:, :, z].T.astype(float), "gray", **view)
-    ax.imshow(overlay.swapaxes(0, 1), interpolation="nearest", **view)
-    ax.invert_xaxis()
-    ax.set(xticks=[], yticks=[])
-    ax.set_title(title, parse_math=False)  # a $ in a name is a $
-    for x, side in ((0.02, "R"), (0.92, "L")):
-        ax.text(x, 0.5, side, color="w", transform=ax.transAxes)
-
-
-def label_colours(ids):
-    """{label id: colour}; -1 is where A and B differ."""
-    return {-1: DIFFER} | dict(zip(ids, itertools.cycle(LABEL_COLOURS)))
+    colours = {-1: DIFFER} | dict(zip(run.ids, itertools.cycle(LABEL_COLOURS)))
+    image = case.array("image")[:, :, z].T.astype(float)  # (y, x)
+    aspect = case.spacing[1] / case.spacing[0]
+    axes = row.subplots(1, len(volumes))
+    for ax, title, volume in zip(axes, titles, volumes):
+        labels = volume[:, :, z].T
+        overlay = np.zeros((*image.shape, 4))
+        for label, colour in colours.items():
+            overlay[labels == label] = to_rgba(colour, 0.7)
+            ax.scatter([], [], color=colour, label=label)  # for the legend
+        ax.imshow(image, "gray", aspect=aspect)
+        ax.imshow(overlay, aspect=aspect)
+        ax.invert_xaxis()
+        ax.invert_yaxis()
+        ax.set(xticks=(0, image.shape[1] - 1), xticklabels=("L", "R"), yticks=())
+        ax.set_title(title, parse_math=False)  # a $ in a name is a $
+    return axes
 
 
 # 14. Command line
