@@ -649,9 +649,10 @@ def add_windows(slab, axis, boxes, networks, windows, weight):
     its own: when it returns, the logits are freed, and the next ones have room.)"""
     for network in networks:
         for box, logits in zip(boxes, network(windows)):  # (K, *P)
-            prob = logits.float().softmax(0).mul_(weight).to(slab[0].device)
+            prob = logits.float().softmax(0).mul_(weight)
+            parts = prob.movedim(axis + 1, 0).contiguous()  # plane by plane, (P, K, y, z)
             place = (..., *np.delete(box, axis))  # in a plane
-            for plane, part in zip(slab, prob.unbind(axis + 1)):  # (K, Y, Z), (K, y, z)
+            for plane, part in zip(slab, parts.to(slab[0].device)):
                 plane[place] += part
 
 
