@@ -171,7 +171,7 @@ def dice_ce_loss(logits, target, ignore_index=-1, dice=True):
     target = target.flatten(1)[:, None]  # (B, 1, V), V voxels of a patch
     valid = target != ignore_index  # (B, 1, V)
     target = target.masked_fill(~valid, 0)  # where it is ignored, any class will do
-    log_prob = logits.flatten(2).float().log_softmax(1)  # (B, K, V); half would spoil it
+    log_prob = logits.flatten(2).float().log_softmax(1)  # (B, K, V), never in half precision
 
     # Cross-entropy: the mean over the voxels of a patch that are not ignored.
     nll = -log_prob.gather(1, target) * valid  # (B, 1, V)
