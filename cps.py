@@ -170,7 +170,7 @@ def dice_ce_loss(logits, target, ignore_index=-1, dice=True):
     target = target.flatten(1)[:, None]  # (B, 1, V), V voxels of a patch
     valid = target != ignore_index  # (B, 1, V)
     target = target.masked_fill(~valid, 0)  # where it is ignored, any class will do
-    log_prob = logits.flatten(2).float().log_softmax(1)  # (B, K, V); half would spoil it
+    log_prob = logits.flatten(2).float().log_softmax(1)  # (B, K, V), never in half precision
 
     # Cross-entropy: the mean over the voxels of a patch that are not ignored.
     nll = -log_prob.gather(1, target) * valid  # (B, 1, V)
@@ -239,7 +239,8 @@ def overlapping_corners(rng, shape, patch, min_overlap):
         # This axis may use up what is left: 1 - |d| / P >= min_overlap / overlap.
         reach = int(patch[axis] * (1 - min_overlap / overlap) + 1e-9)
         start = corner1[axis]
-        choices = np.arange(max(start - reach, 0), min(start + reach, room[axis]) + 1)
+        choices = np.arange(room[axis] + 1)
+        choices = choices[abs(choices - start) <= reach]
         moved = choices[choices != start]
         if overlap == 1 and len(moved):  # no offset so far: equal crops would be plain CPS
             choices = moved
@@ -255,8 +256,9 @@ def overlap_slices(corner1, corner2, patch):
     size = patch - abs(offset)
     if np.any(size <= 0):
         raise ValueError(f"patches at {corner1} and {corner2} do not overlap")
-    # On each axis, the overlap begins where the patch begins that lies further on.
-    return box_at(np.maximum(offset, 0), size), box_at(np.maximum(-offset, 0), size)
+    slices1 = box_at(np.maximum(offset, 0), size)
+    slices2 = box_at(np.maximum(-offset, 0), size)
+    return slices1, slices2
 
 
 def box_at(corner, shape):
@@ -354,7 +356,9 @@ class Patches(Dataset):
         low = np.min(corners, axis=0)  # of the box around them
         size = np.max(corners, axis=0) + self.patch - low
         image = case.array("image")
-        label = case.array("label") if case.label else np.zeros(image.shape, np.uint8)
+        label = np.zeros(image.shape, np.uint8)  # tells the inside from padding
+        if case.label:
+            label = case.array("label")
 
         matrix = spatial_matrix(rng, case.spacing, self.config.spatial)
         image = warped_box(image, low, size, matrix, outside=np.float32(0))  # 0 is the mean
@@ -386,7 +390,7 @@ class Norm(nn.GroupNorm):
 
     def forward(self, x):
         if x.is_cuda:
-            return F.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
+            return F.instance_norm(x, weight=self.weight, bias=self.bias)
         return super().forward(x)
 
 
@@ -462,15 +466,14 @@ def make_pair(config, num_classes):
 def train_step(networks, optimisers, batch, lam, config, scaler, autocast):
     """The heart: one optimiser step of A and of B on a batch of `Patches`.
 
-    Returns float (6,): L_sup(A) + L_sup(B); L_cps; signs of collapse, as `agreement` returns them;
-    the mean overlap of two crops, as a share of a crop; and 1 for a step that counts. They stay on
-    the device: nothing waits for a GPU.
+    Returns float (6,), on the device, so that nothing waits for a GPU: L_sup(A) + L_sup(B), L_cps,
+    the two of `agreement`, the mean overlap as a share of a crop, and 1 for a step that counts.
     """
     network_a, network_b = networks
     target = batch["target"].long()  # (B, x, y, z)
-    sizes = (len(target), len(batch["crops_a"]))  # B labelled patches and n crops
+    sizes = (len(target), len(batch["crops_a"]))  # B and n
 
-    # One forward for both: instance norm keeps them apart.
+    # One forward for labelled patches and crops: instance norm keeps them apart.
     with autocast:
         logits_a = network_a(torch.cat((batch["labelled"], batch["crops_a"])))  # (B + n, K, *P)
         logits_b = network_b(torch.cat((batch["labelled"], batch["crops_b"])))
@@ -488,8 +491,8 @@ def train_step(networks, optimisers, batch, lam, config, scaler, autocast):
         valid = batch["valid"][(i, None, *slices_a)]  # (1, x, y, z)
         cps = cross_pseudo_loss(overlap_a, overlap_b, valid, config.pseudo_loss == "dice_ce")
         share = cps.new_tensor(valid.numel() / target[0].numel())
-        row = torch.stack((cps, *agreement(overlap_a, overlap_b, valid), share))
-        pairs = pairs + row / len(batch["overlaps"])
+        pair = torch.stack((cps, *agreement(overlap_a, overlap_b, valid), share))
+        pairs = pairs + pair / len(batch["overlaps"])
 
     loss = sup + lam * pairs[0]  # L
     scaler.scale(loss).backward()  # one backward for both networks: no graph connects them
@@ -568,11 +571,11 @@ def sliding_window(
 ):
     """Segment a preprocessed volume, float (X, Y, Z), of any size: classes, uint8 (X, Y, Z).
 
-    A voxel gets the class of the largest mean softmax, over all windows around it (weighted by a
-    Gaussian) and all networks. shape: size of the result, where it differs: probabilities are
-    interpolated to it, edges aligned. Memory does not grow with the length of the scan: no
-    (K, X, Y, Z) volume exists, only a slab of it, on the host if it is larger than `host_bytes`
-    (FLARE allows a card 2048 MiB).
+    A voxel gets the class of the largest mean softmax, over the windows around it (weighted by a
+    Gaussian) and the networks. shape: size of the result, where it differs: probabilities are
+    interpolated to it, edges aligned. Memory does not grow with the length of the scan: of the
+    (K, X, Y, Z) sums, only a slab exists, on the host if it is larger than `host_bytes` [ours:
+    FLARE allows a card 2048 MiB].
     """
     patch = np.asarray(patch)
     axis = int(np.argmin(patch / np.maximum(volume.shape, patch)))  # a slab is smallest across it
@@ -585,26 +588,26 @@ def sliding_window(
 
     planes = window_sums(networks, volume, patch, num_classes, overlap, device, host_bytes, axis)
     before = 0.0  # the plane before; the first one has none
-    for number, plane in enumerate(planes):  # (K, y, z), if the axis is x
-        # No division by the sum of the weights: at a voxel, it is the same for all classes. Only
-        # where neighbours are mixed, sums must become probabilities.
+    for number, plane in enumerate(planes):  # (K, Y, Z), if the axis is x
+        # The sum of the weights at a voxel is the same for all classes: to compare them, there is
+        # no need to divide by it. To mix voxels there is; it is the sum over the classes.
         if result.shape != volume.shape:
             plane = plane / plane.sum(0)
             plane = F.interpolate(plane[None], result_planes.shape[1:], mode="bilinear")[0]
-        for i in np.flatnonzero(np.ceil(position) == number):  # from the plane before to this one
+        for i in np.flatnonzero(np.ceil(position) == number):  # between the last plane and this
             share = 1 + position[i] - number
-            mixed = share * plane + (1 - share) * before
+            mixed = plane * share + before * (1 - share)
             result_planes[i] = mixed.argmax(0).byte().cpu()
         before = plane
     return result
 
 
 def window_sums(networks, volume, patch, num_classes, overlap, device, host_bytes, axis):
-    """Yield, plane by plane along the axis, the sums over all windows of softmax x Gaussian:
-    float32 (K, y, z), if the axis is x.
+    """Yield, plane by plane along an axis, the sums of softmax x Gaussian over all windows: float32
+    (K, Y, Z), if the axis is x.
 
-    Windows are visited slab by slab. When those that begin in one plane are done, the planes
-    before the next beginning are finished: they are given away.
+    Windows that begin in the same plane are visited together. Then all planes are finished that
+    lie before the next windows: they are given away, and never exist all at once.
     """
     inside = [slice(size) for size in np.delete(volume.shape, axis)]
     missing = np.maximum(patch - volume.shape, 0)
@@ -625,7 +628,7 @@ def window_sums(networks, volume, patch, num_classes, overlap, device, host_byte
     weight = gaussian(patch).to(device)
     at_once = 1 if scan.is_cuda else 2  # a CPU takes 2.5 times as long for each window alone
 
-    slab = []  # the planes that windows which begin in plane `first` cover
+    slab = []  # planes `first` to `first` + P, which the windows that begin in `first` cover
     for first, following in itertools.pairwise([*starts[axis], volume.shape[axis]]):
         while len(slab) < patch[axis]:
             slab.append(torch.zeros(plane_shape, device=slab_device))
@@ -641,24 +644,24 @@ def window_sums(networks, volume, patch, num_classes, overlap, device, host_byte
 
 
 def add_windows(slab, axis, boxes, networks, windows, weight):
-    """Add softmax x weight of the windows at some boxes to the planes of a slab. On its own, so
-    that logits are freed before the next windows come."""
+    """Add softmax x weight of the windows at some boxes to the planes of a slab. (In a function of
+    its own: when it returns, the logits are freed, and the next ones have room.)"""
     for network in networks:
         for box, logits in zip(boxes, network(windows)):  # (K, *P)
-            prob = logits.float().softmax(0).mul_(weight).to(slab[0].device)
+            prob = logits.float().softmax(0).mul_(weight)
+            parts = prob.movedim(axis + 1, 0).contiguous()  # plane by plane, (P, K, y, z)
             place = (..., *np.delete(box, axis))  # in a plane
-            for plane, part in zip(slab, prob.unbind(axis + 1)):  # (K, Y, Z), (K, y, z)
+            for plane, part in zip(slab, parts.to(slab[0].device)):
                 plane[place] += part
 
 
 def gaussian(patch):
     """Weights (x, y, z) of the voxels of a window, whose centre knows most of its surroundings: 1
     there, a standard deviation of an eighth of the patch, at least 0.001 [nnU-Net]."""
-    profiles = []
+    weight = np.array(1.0)
     for size in patch:
-        offset = np.arange(size) - (size - 1) / 2
-        profiles.append(np.exp(-0.5 * (offset / (size / 8)) ** 2))
-    weight = np.einsum("x,y,z->xyz", *profiles)
+        offset = (np.arange(size) - (size - 1) / 2) / (size / 8)  # in standard deviations
+        weight = np.multiply.outer(weight, np.exp(-0.5 * offset**2))
     return torch.tensor(weight).float().clamp(min=1e-3)
 
 
