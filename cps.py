@@ -782,14 +782,14 @@ def list_scans(path, images=False, ids=()):
     need(files, f"{path}: no .nii or .nii.gz file here; give a scan or a folder of scans")
     stems = set(files.values())
 
+    doubles = []  # cases of which there are two channels
     if images:
-        first = {stem.removesuffix("_0001") for stem in stems - set(ids) if stem.endswith("_0001")}
-        several = sorted(stem for stem in first if f"{stem}_0000" in stems - set(ids))
-        channels = len(several) > 1 or not set(ids).isdisjoint(several)
-        need(
-            not channels,
-            f"{path}: {several[:3]} have channels _0000, _0001; keep one channel a case",
-        )
+        others = stems - set(ids)
+        first = sorted(stem[:-5] for stem in others if stem.endswith("_0001"))
+        doubles = [name for name in first if f"{name}_0000" in others]
+    several = len(doubles) > 1 or not set(ids).isdisjoint(doubles)
+    what = f"{path}: {doubles[:3]} have channels _0000, _0001"
+    need(not several, f"{what}; keep one channel a case")
 
     strip = images and all(stem.endswith("_0000") for stem in stems)
     scans = {}
@@ -860,16 +860,18 @@ def split_cases(config):
 def draw_split(config, names):
     """Names of labelled cases by part, drawn at random; the test cases are those of any seed."""
     known = np.random.default_rng(0).permutation(sorted(names)).tolist()
-    # Below 1, --test and --val are shares.
-    test = int(np.ceil(config.test if config.test >= 1 else config.test * len(known)))
-    val = int(np.ceil(config.val if config.val >= 1 else config.val * len(known)))
+    counts = []
+    for value in (config.test, config.val):  # below 1, a share
+        counts.append(math.ceil(value if value >= 1 else value * len(known)))
+    test, val = counts
     rest = np.random.default_rng((1, config.seed)).permutation(known[test:]).tolist()
-    room = len(rest) - val
-    count = config.labelled or room  # 0: all that are left
-    need(0 < count <= room, f"--labelled, --val, --test: want more than {len(known)} cases")
+    training = rest[val:]
+    count = config.labelled or len(training)  # 0: all that are left
+    enough = 0 < count <= len(training)
+    need(enough, f"--labelled, --val, --test: want more than {len(known)} cases")
     return {
-        "labelled": rest[val : val + count],
-        "unlabelled": rest[val + count :],  # they lose their labels
+        "labelled": training[:count],
+        "unlabelled": training[count:],  # they lose their labels
         "val": rest[:val],
         "test": known[:test],
     }
