@@ -2542,6 +2542,21 @@ def test_labels_in_one_piece_are_told_from_training_labels(capsys):
     assert pieces({"5": 1.0}, {"5": 1.0, "7": 0.5}) == [1, 5]  # absent: no sign of two pieces
 
 
+def test_pieces_are_counted_on_the_grid_of_the_scan():
+    """At a coarse --spacing two kidneys may grow together, and must not be cut to one for that."""
+    label = np.zeros((24, 12, 12), np.uint8)
+    label[1:11, 2:10, 2:10] = 1
+    label[12:22, 2:10, 2:10] = 1  # a gap of one voxel
+    write("data/imagesTr/c0.nii.gz", 100.0 * label, np.eye(4))
+    write("data/labelsTr/c0.nii.gz", label, np.eye(4))
+    paths = [pathlib.Path(f"data/{part}Tr/c0.nii.gz") for part in ("images", "labels")]
+    for spacing in ((), (3.0, 3.0, 3.0)):
+        config = cps.Config(**TINY | {"spacing": spacing})
+        case = cps.prepare_case(cps.Case("c0", *paths), config)
+        assert case.facts["labels"] == {"1": 0.5}
+        assert ndimage.label(case.array("label"))[1] == (1 if spacing else 2)
+
+
 def test_only_labels_in_one_piece_are_cut_to_it(monkeypatch):
     classes = np.zeros((6, 3, 3), np.uint8)
     for label in (1, 2):
