@@ -1475,7 +1475,7 @@ def table(results, head="2 mm", flare22=False):
         n = np.count_nonzero(held[:, i])
         defined = np.count_nonzero(np.isfinite(distances))
         text = spread(distances, 2)
-        if defined != n:
+        if 0 < defined < n:
             text += f" (n = {defined})"
         rows.append((label, n, spread(dices), spread(nsds), text))
     means = [mean_dice(scores[:, :, column]) for column in range(3)]
@@ -2146,7 +2146,8 @@ def evaluate(
         for name, scores in results.items():
             results[name] = {label: scores[label] for label in ids}
         print(table(results, head, flare22))
-        print("A prediction that is missing or refused counts as empty.")
+        if missing or code:
+            print("predictions that are missing or refused count as empty")
     if csv:
         write_csv(csv, [("case", "label", *Scores._fields), *score_rows(results)])
     return code
