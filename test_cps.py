@@ -631,6 +631,41 @@ def test_trap_09_methods_differ_in_nothing_but_the_unlabelled_part(monkeypatch):
         assert all(map(torch.equal, seen["supervised"], seen[method]))
 
 
+def test_networks_swap_crops_each_step(monkeypatch):
+    """A sees the first crop in even steps, the second one in odd steps."""
+    make_data()
+    corners = (np.array([0, 0, 0]), np.array([4, 3, 2]))
+    monkeypatch.setattr(cps, "overlapping_corners", lambda *_: corners)
+    data = patches(**STILL)
+    for step in range(4):
+        for slices_a, slices_b in data[step]["overlaps"]:
+            first, second = (slices_a, slices_b) if step % 2 == 0 else (slices_b, slices_a)
+            assert [piece.start for piece in first] == [4, 3, 2]
+            assert [piece.start for piece in second] == [0, 0, 0]
+
+
+def test_centred_patches_alternate_within_a_batch_and_from_step_to_step(monkeypatch):
+    """Of a batch of one, too, every other patch is centred on foreground."""
+    make_data()
+    seen = []
+    monkeypatch.setattr(
+        cps.Patches,
+        "labelled_corner",
+        lambda self, case, rng, centred: seen.append(centred) or np.zeros(3, int),
+    )
+    for batch in (1, 2):
+        data = patches(batch=batch, method="supervised")
+        for step in range(4):
+            data[step]
+    assert seen == [False, True, False, True, False, True, True, False, False, True, True, False]
+
+
+def test_validation_comes_every_so_many_epochs_and_after_the_last():
+    make_data()
+    assert train(epochs=5, validate_epochs=2) == 0
+    assert [row["dice"] != "nan" for row in table_of("run/log.csv")] == [0, 1, 0, 1, 1]
+
+
 def test_crops_of_plain_cps_differ_in_intensity_alone():
     make_data()
     still = patches(method="cps", **STILL)[0]
@@ -1646,6 +1681,21 @@ def test_an_empty_label_is_a_warning(capsys):
 
 
 SPLIT = {"labelled": ["c0", "c1"], "unlabelled": ["c4", "u6"], "val": ["c2"], "test": ["c3"]}
+
+
+def test_shares_of_cases_are_rounded_up():
+    names = [f"c{i}" for i in range(7)]
+    split = cps.draw_split(cps.Config(**TINY | {"val": 0.2, "test": 0.3, "labelled": 1}), names)
+    assert [len(split[part]) for part in cps.PARTS] == [1, 1, 2, 3]
+
+
+def test_two_unlabelled_folders_that_cannot_be_told_apart(capsys):
+    make_data()
+    for place in ("one", "two"):
+        write(f"{place}/a/b/ct_0.nii", phantom(len(place) + ord(place[0]))[0])
+    assert train(unlabelled=("one/a/b", "two/a/b")) == 2
+    (error,) = errors_of(capsys)
+    assert "two/a/b/ct_0.nii" in error and "rename" in error
 
 
 def test_a_split_of_a_file():
@@ -2871,6 +2921,24 @@ def test_ablate_compares_arms_of_equal_steps_on_cases_that_choose_nothing(monkey
         assert cps.main(["ablate", "data", *flags]) == 2
 
 
+def test_ablate_counts_a_label_in_the_cases_that_hold_it():
+    make_data(labelled=8)
+    flags = {k: v for k, v in TINY.items() if k not in ("data", "labelled", "val", "out")}
+    config = cps.Config(**TINY | {"test": 3.0, "val": 1.0})
+    first, *_ = sorted(names(config, "test"))
+    label = phantom(int(first[1:]))[1]
+    write(f"data/labelsTr/{first}.nii.gz", np.where(label == 5, 0, label).astype(np.uint8))
+    argv = ["ablate", "data", "--seeds", "1", "--val", "1", "--test", "3", "--out", "run"]
+    assert cps.main([*argv, *words(flags | {"epochs": 1})]) == 0
+    for row in rows_of(pathlib.Path("run/ablation.md").read_text())[1:]:
+        wanted = {"method": row[0], "labels": row[1], "networks": "a", "held": "1"}
+        cells = table_of("run/ablation.csv")
+        cells = [cell for cell in cells if all(cell[k] == v for k, v in wanted.items())]
+        assert len(cells) == 2 * 3 - 1
+        means = [np.mean([float(c["dice"]) for c in cells if c["label"] == i]) for i in "15"]
+        assert float(row[3]) == pytest.approx(np.mean(means), abs=1e-4)
+
+
 def test_ablate_compares_the_labels_of_all_seeds_before_the_first_run(monkeypatch, capsys):
     make_data(labelled=8)
     write("data/labelsTr/c3.nii.gz", phantom(3)[1])
@@ -2903,6 +2971,17 @@ def test_predict_writes_the_file_that_it_is_told(name, trained, capsys):
         assert "in/scan_0000.nii.gz" in errors_of(capsys)[0]
     assert pathlib.Path("in/scan_0000.nii.gz").read_bytes() == before
     assert os.listdir("in") == ["scan_0000.nii.gz"]
+
+
+def test_evaluate_scores_a_label_that_the_prediction_alone_has():
+    ref = phantom(0)[1]
+    pred = ref.copy()
+    pred[0, 0, 0] = 9
+    write("p/a.nii", pred)
+    write("r/a.nii", ref)
+    assert cps.main(["evaluate", "p", "r", "--csv", "s.csv"]) == 0
+    scores = {row["label"]: float(row["dice"]) for row in table_of("s.csv")}
+    assert scores == {"1": 1, "5": 1, "9": 0}
 
 
 def test_evaluate_says_what_does_not_pair(capsys):
