@@ -288,7 +288,8 @@ class Patches(Dataset):
         self.config = config
         self.patch = np.array(config.patch)
         self.split = split  # {"labelled": cases, "unlabelled": cases, ...} of section 8
-        self.ids = ids  # label id of class 1, 2, ...
+        # class_of[label id] is the class; class_of[-1], the last one, keeps padding at -1.
+        self.class_of = np.append(np.searchsorted([0, *ids], range(256)), -1).astype(np.int16)
         self.rank = rank  # number of this process
 
     def __getitem__(self, step):
@@ -348,7 +349,7 @@ class Patches(Dataset):
         return corner
 
     def crops(self, case, rng, corners):
-        """Images float32 and targets int64, a tensor (x, y, z) for each of one or two corners.
+        """Images float32 and targets int16, a tensor (x, y, z) for each of one or two corners.
 
         They are cut out of one box that is turned and mirrored as a whole, so that their overlap
         stays a box. Intensities are changed apart. Targets: class, -1 on padding; unlabelled: 0.
@@ -356,7 +357,7 @@ class Patches(Dataset):
         low = np.min(corners, axis=0)  # of the box around them
         size = np.max(corners, axis=0) + self.patch - low
         image = case.array("image")
-        label = np.zeros(image.shape, np.uint8)  # tells the inside from padding
+        label = np.broadcast_to(np.uint8(0), image.shape)  # tells the inside from padding
         if case.label:
             label = case.array("label")
 
@@ -373,9 +374,8 @@ class Patches(Dataset):
         for corner in corners:
             inside = box_at(corner - low, self.patch)
             changed = augment(image[inside], rng, self.config.intensity)
-            classes = np.searchsorted([-1, 0, *self.ids], label[inside]) - 1
             images.append(torch.from_numpy(changed))
-            targets.append(torch.from_numpy(classes))
+            targets.append(torch.from_numpy(self.class_of[label[inside]]))
         return images, targets
 
 
@@ -587,16 +587,16 @@ def sliding_window(
     position = position.clip(0, size - 1)
 
     planes = window_sums(networks, volume, patch, num_classes, overlap, device, host_bytes, axis)
-    before = 0.0  # the plane before; the first one has none
     for number, plane in enumerate(planes):  # (K, Y, Z), if the axis is x
         # The sum of the weights at a voxel is the same for all classes: to compare them, there is
         # no need to divide by it. To mix voxels there is; it is the sum over the classes.
         if result.shape != volume.shape:
             plane = plane / plane.sum(0)
             plane = F.interpolate(plane[None], result_planes.shape[1:], mode="bilinear")[0]
+        if number == 0:
+            before = plane
         for i in np.flatnonzero(np.ceil(position) == number):  # between the last plane and this
-            share = 1 + position[i] - number
-            mixed = plane * share + before * (1 - share)
+            mixed = torch.lerp(before, plane, float(position[i] - number + 1))
             result_planes[i] = mixed.argmax(0).byte().cpu()
         before = plane
     return result
@@ -621,38 +621,41 @@ def window_sums(networks, volume, patch, num_classes, overlap, device, host_byte
     for size, width in zip(volume.shape, patch):
         step = max(1, int(width * (1 - overlap)))
         starts.append([*range(0, size - width, step), size - width])
+    firsts = starts[axis]
+    starts[axis] = [0]  # all windows of a slab begin in its first plane
+    boxes = [box_at(corner, patch) for corner in itertools.product(*starts)]
 
-    plane_shape = (num_classes, *np.delete(volume.shape, axis))
-    slab_bytes = 4 * patch[axis] * math.prod(plane_shape)
-    slab_device = "cpu" if slab_bytes > host_bytes else device
+    slab_shape = [num_classes, *volume.shape]
+    slab_shape[axis + 1] = patch[axis]
+    large = 4 * math.prod(slab_shape) > host_bytes
+    slab = torch.zeros(*slab_shape, device="cpu" if large else device)
+    planes = slab.movedim(axis + 1, 0)  # a view: (P, K, Y, Z), if the axis is x
     weight = gaussian(patch).to(device)
     at_once = 1 if scan.is_cuda else 2  # a CPU takes 2.5 times as long for each window alone
 
-    slab = []  # planes `first` to `first` + P, which the windows that begin in `first` cover
-    for first, following in itertools.pairwise([*starts[axis], volume.shape[axis]]):
-        while len(slab) < patch[axis]:
-            slab.append(torch.zeros(plane_shape, device=slab_device))
-        starts[axis] = [first]
-        corners = list(itertools.product(*starts))
-        for i in range(0, len(corners), at_once):
-            boxes = [box_at(corner, patch) for corner in corners[i : i + at_once]]
-            windows = torch.stack([scan[box] for box in boxes])[:, None].float()  # (2, 1, *P)
+    for first, following in itertools.pairwise([*firsts, volume.shape[axis]]):
+        part = scan.narrow(axis, first, patch[axis])  # of the volume, where the slab is now
+        for i in range(0, len(boxes), at_once):
+            some = boxes[i : i + at_once]
+            windows = torch.stack([part[box] for box in some])[:, None].float()  # (2, 1, *P)
             windows = windows.expand(at_once, 1, *patch)  # the last one maybe twice
-            add_windows(slab, axis, boxes, networks, windows, weight)
-        for _ in range(following - first):
-            yield slab.pop(0)[(..., *inside)]
+            add_windows(slab, some, networks, windows, weight)
+
+        done = following - first
+        for plane in planes[:done]:
+            yield plane[(..., *inside)].clone()
+        for i in range(done, len(planes)):  # the slab moves on
+            planes[i - done] = planes[i]
+        planes[len(planes) - done :] = 0
 
 
-def add_windows(slab, axis, boxes, networks, windows, weight):
-    """Add softmax x weight of the windows at some boxes to the planes of a slab. (In a function of
-    its own: when it returns, the logits are freed, and the next ones have room.)"""
+def add_windows(slab, boxes, networks, windows, weight):
+    """Add softmax x weight of the windows at some boxes to a slab. (In a function of its own: when
+    it returns, the logits are freed, and the next ones have room.)"""
     for network in networks:
         for box, logits in zip(boxes, network(windows)):  # (K, *P)
             prob = logits.float().softmax(0).mul_(weight)
-            parts = prob.movedim(axis + 1, 0).contiguous()  # plane by plane, (P, K, y, z)
-            place = (..., *np.delete(box, axis))  # in a plane
-            for plane, part in zip(slab, parts.to(slab[0].device)):
-                plane[place] += part
+            slab[(..., *box)] += prob.to(slab.device)
 
 
 def gaussian(patch):
@@ -1431,11 +1434,11 @@ def hausdorff95(pred, ref, spacing):
 def evaluate_case(pred, ref, spacing, labels, tolerances, flare22=False):
     """{label: Scores} of two integer arrays (X, Y, Z), 0 to 255. spacing: mm, in array order.
 
-    tolerances: mm, one for all or {label: mm}. flare22: the rules of the challenge, but a tube on
-    one slice is scored, no crash.
+    tolerances: mm, one for all, one for each, or {label: mm}. flare22: the rules of the challenge,
+    but a tube on one slice is scored, no crash.
     """
     if not isinstance(tolerances, dict):
-        tolerances = dict.fromkeys(labels, tolerances)
+        tolerances = dict(zip(labels, np.broadcast_to(tolerances, len(labels))))
     both = np.stack((pred, ref))  # (2, X, Y, Z)
     boxes = ndimage.find_objects(both, 255)  # around a label in both; None: it is in neither
     results = {}
@@ -1804,8 +1807,9 @@ def resumed(last, config, split):
     """The run of last.pt, if it is the one that the config describes; UserError otherwise."""
     run = Run.load(last, **{name: getattr(config, name) for name in MAY_CHANGE})
     patches = config.batch * PROCESSES
-    was = f"{last}: was begun with {run.patches} labelled patches a step, not {patches}"
-    need(run.patches == patches, f"{was}: change --batch or the number of processes")
+    was = f"{last}: was begun with {run.patches} labelled patches a step"
+    now = f"{PROCESSES} processes with --batch {config.batch} have {patches}"
+    need(run.patches == patches, f"{was}, and {now}; change one of them")
     for name, value in vars(run.config).items():
         now = getattr(config, name)
         was = f"{last}: was begun with --{flag(name)} {value}, not {now}"
@@ -2024,9 +2028,10 @@ def report(run):
     kwh = hours * watts / 1000
     cost = f"{kwh:.2g} kWh (time x {watts} W), {kwh * CARBON:.2g} kg CO2 eq (kWh x {CARBON})"
     print(f"cost       {hours * 60:.1f} minutes, {cost}")
-    print(
-        f"next       python cps.py predict {path} {config.data}/imagesTr {config.out}/predictions"
-    )
+    images = Path(config.data) / "imagesTs"
+    if not images.exists():
+        images = Path(config.data) / "imagesTr"
+    print(f"next       python cps.py predict {path} {images} {config.out}/predictions")
     return {
         "best_dice": best.best,
         "checkpoint": str(path),
@@ -2115,6 +2120,8 @@ def info(
     need(2 <= classes <= 256, f"--classes {classes}: must be 2 to 256, with background")
     for name, value in vars(config).items():
         print(f"{name:<16} {value}")
+    steps = config.epochs * config.epoch_steps
+    print(f"{steps:,} steps, lr halved every {config.halve_epochs} epochs")
     protocol(config, classes, gpu=config.device != "cpu")
 
 
@@ -2150,6 +2157,7 @@ def evaluate(
         head = "FLARE22"
     results = {}
     used = set()  # labels that there are
+    empty = set(known)  # cases without a prediction that can be read
 
     def one(name, path):
         ref, spacing, scan = read_scan(path, is_label=True, canonical=False)
@@ -2157,6 +2165,7 @@ def evaluate(
         try:
             if name in found:
                 pred = read_scan(found[name], is_label=True, canonical=False, like=scan)[0]
+                empty.discard(name)
         finally:  # a refused one is an error, but has its row
             results[name] = evaluate_case(pred, ref, spacing, tolerances, tolerances, flare22)
             used.update(label_boxes(ref), label_boxes(pred))
@@ -2167,8 +2176,9 @@ def evaluate(
         for name, scores in results.items():
             results[name] = {label: scores[label] for label in ids}
         print(table(results, head, flare22))
-        if missing or code:
-            print("predictions that are missing or refused count as empty")
+        empty &= results.keys()
+        if empty:
+            print(f"{len(empty)} of {len(results)} predictions missing or refused: empty")
     if csv:
         write_csv(csv, [("case", "label", *Scores._fields), *score_rows(results)])
     return code

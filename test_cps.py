@@ -470,6 +470,7 @@ def test_paper_preset_is_the_paper(capsys):
     printed = capsys.readouterr().out
     for name in (*want, "weight_decay", "lam", "rampup"):
         assert f"{name:<16} {getattr(cps.Config(), name)}\n" in printed
+    assert "250,000 steps" in printed and "halved every 200 epochs" in printed
 
 
 # 2. The losses
@@ -2138,7 +2139,7 @@ def test_tolerances_are_one_or_one_a_label_and_a_tube_found_in_vain_is_0():
     strict = nsd(0.5)
     assert nsd(2.0) == [1, 1]
     assert max(strict) < 1
-    assert nsd({1: 2.0, 2: 0.5}) == [1, strict[1]]
+    assert nsd([2.0, 0.5]) == nsd({1: 2.0, 2: 0.5}) == nsd(np.array([2.0, 0.5])) == [1, strict[1]]
     pred[0, :, 0] = 5  # a tube in one of the files only
     ref[0, :, 7] = 6
     found = cps.evaluate_case(pred, ref, (1, 1, 1), [5, 6], 2.0, flare22=True)
@@ -2259,9 +2260,10 @@ def test_the_product_of_batch_and_processes_must_stay(monkeypatch, capsys):
     assert state["patches"] == 2
     assert train("--resume", batch=1) == 2
     (error,) = capsys.readouterr().err.splitlines()
-    assert "2 labelled patches a step, not 1" in error and "--batch" in error
+    assert "2 labelled patches a step, and 1 processes with --batch 1 have 1" in error
     monkeypatch.setattr(cps, "PROCESSES", 2)
-    assert train("--resume") == 2 and "processes" in capsys.readouterr().err
+    assert train("--resume") == 2
+    assert "2 processes with --batch 2 have 4" in capsys.readouterr().err
 
     config = cps.Config(**TINY | {"batch": 1, "resume": True})
     split = cps.prepare(cps.split_cases(config), config)
@@ -2805,6 +2807,7 @@ def test_info_prints_what_the_tables_of_papers_ask_for(monkeypatch, capsys):
     for word in (
         "(16, 16, 8)",
         "epochs           3\n",
+        "750 steps",
         "lr               0.5\n",
         f"{parameters:,} parameters",
         f"{forward:.3g} FLOPs for a patch",
@@ -3015,6 +3018,7 @@ def test_a_refused_prediction_counts_as_empty(capsys):
     errors = [line for line in shown.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert "p/b.nii" in errors[0]
+    assert "2 of 3" in shown.out.splitlines()[-1]
     assert "empty" in shown.out.splitlines()[-1]
     scores = {(row["case"], row["label"]): float(row["dice"]) for row in table_of("s.csv")}
     assert scores == {(case, label): case == "a" for case in "abc" for label in "15"}
