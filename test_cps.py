@@ -1737,6 +1737,20 @@ def test_a_split_that_cannot_be(text, word, capsys):
     assert not os.path.exists("run")
 
 
+@pytest.mark.parametrize("images", ["imagesTr", "imagesTs"])
+def test_the_next_command_that_train_prints_works(images, capsys):
+    make_data()
+    if images == "imagesTs":
+        write("data/imagesTs/t0.nii.gz", phantom(20)[0])
+    assert train(epochs=1) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next")]
+    _, python, script, *argv = line.split()
+    assert (python, script) == ("python", "cps.py")
+    assert argv[2] == f"data/{images}"
+    assert cps.main(argv) == 0
+    assert len(os.listdir("run/predictions")) == len(os.listdir(f"data/{images}"))
+
+
 def test_labelled_imagesTs_are_the_test_cases():
     make_data()
     for i in (20, 21, 22):
