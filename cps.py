@@ -578,38 +578,36 @@ def sliding_window(
     FLARE allows a card 2048 MiB].
     """
     patch = np.asarray(patch)
-    axis = int(np.argmin(patch / np.maximum(volume.shape, patch)))  # a slab is smallest across it
     result = np.zeros(shape or volume.shape, np.uint8)
-    result_planes = np.moveaxis(result, axis, 0)  # a view
-    # Where the centres of the result's planes lie among those of the volume.
-    size = volume.shape[axis]
-    position = (np.arange(len(result_planes)) + 0.5) * size / len(result_planes) - 0.5
-    position = position.clip(0, size - 1)
+    # Where the centres of the result's slices lie among those of the volume.
+    depth = volume.shape[2]
+    position = (np.arange(result.shape[2]) + 0.5) * depth / result.shape[2] - 0.5
+    position = position.clip(0, depth - 1)
 
-    planes = window_sums(networks, volume, patch, num_classes, overlap, device, host_bytes, axis)
-    for number, plane in enumerate(planes):  # (K, Y, Z), if the axis is x
+    sums = window_sums(networks, volume, patch, num_classes, overlap, device, host_bytes)
+    for z, plane in enumerate(sums):  # (K, X, Y)
         # The sum of the weights at a voxel is the same for all classes: to compare them, there is
         # no need to divide by it. To mix voxels there is; it is the sum over the classes.
         if result.shape != volume.shape:
             plane = plane / plane.sum(0)
-            plane = F.interpolate(plane[None], result_planes.shape[1:], mode="bilinear")[0]
-        if number == 0:
+            plane = F.interpolate(plane[None], result.shape[:2], mode="bilinear")[0]
+        if z == 0:
             before = plane
-        for i in np.flatnonzero(np.ceil(position) == number):  # between the last plane and this
-            mixed = torch.lerp(before, plane, float(position[i] - number + 1))
-            result_planes[i] = mixed.argmax(0).byte().cpu()
+        for i in np.flatnonzero(np.ceil(position) == z):  # between the last plane and this
+            mixed = torch.lerp(before, plane, float(position[i] - z + 1))
+            result[:, :, i] = mixed.argmax(0).byte().cpu()
         before = plane
     return result
 
 
-def window_sums(networks, volume, patch, num_classes, overlap, device, host_bytes, axis):
-    """Yield, plane by plane along an axis, the sums of softmax x Gaussian over all windows: float32
-    (K, Y, Z), if the axis is x.
+def window_sums(networks, volume, patch, num_classes, overlap, device, host_bytes):
+    """Yield, slice by slice along z, the sums of softmax x Gaussian over all windows: float32
+    (K, X, Y).
 
-    Windows that begin in the same plane are visited together. Then all planes are finished that
+    Windows that begin in the same slice are visited together. Then all slices are finished that
     lie before the next windows: they are given away, and never exist all at once.
     """
-    inside = [slice(size) for size in np.delete(volume.shape, axis)]
+    size_x, size_y, _ = volume.shape
     missing = np.maximum(patch - volume.shape, 0)
     if missing.any():  # a smaller volume is padded at its end
         volume = np.pad(volume, [(0, size) for size in missing])
@@ -621,32 +619,31 @@ def window_sums(networks, volume, patch, num_classes, overlap, device, host_byte
     for size, width in zip(volume.shape, patch):
         step = max(1, int(width * (1 - overlap)))
         starts.append([*range(0, size - width, step), size - width])
-    firsts = starts[axis]
-    starts[axis] = [0]  # all windows of a slab begin in its first plane
-    boxes = [box_at(corner, patch) for corner in itertools.product(*starts)]
+    starts_x, starts_y, starts_z = starts
+    boxes = [
+        box_at((x, y, 0), patch) for x, y in itertools.product(starts_x, starts_y)
+    ]  # of a slab
 
-    slab_shape = [num_classes, *volume.shape]
-    slab_shape[axis + 1] = patch[axis]
-    large = 4 * math.prod(slab_shape) > host_bytes
-    slab = torch.zeros(*slab_shape, device="cpu" if large else device)
-    planes = slab.movedim(axis + 1, 0)  # a view: (P, K, Y, Z), if the axis is x
+    shape = (num_classes, *volume.shape[:2], patch[2])
+    large = 4 * math.prod(shape) > host_bytes
+    slab = torch.zeros(shape, device="cpu" if large else device)  # (K, X, Y, z)
     weight = gaussian(patch).to(device)
     at_once = 1 if scan.is_cuda else 2  # a CPU takes 2.5 times as long for each window alone
 
-    for first, following in itertools.pairwise([*firsts, volume.shape[axis]]):
-        part = scan.narrow(axis, first, patch[axis])  # of the volume, where the slab is now
+    for z, next_z in itertools.pairwise([*starts_z, volume.shape[2]]):
         for i in range(0, len(boxes), at_once):
             some = boxes[i : i + at_once]
-            windows = torch.stack([part[box] for box in some])[:, None].float()  # (2, 1, *P)
+            windows = [scan[:, :, z:][box] for box in some]
+            windows = torch.stack(windows)[:, None].float()  # (2, 1, *P)
             windows = windows.expand(at_once, 1, *patch)  # the last one maybe twice
             add_windows(slab, some, networks, windows, weight)
 
-        done = following - first
-        for plane in planes[:done]:
-            yield plane[(..., *inside)].clone()
-        for i in range(done, len(planes)):  # the slab moves on
-            planes[i - done] = planes[i]
-        planes[len(planes) - done :] = 0
+        done = next_z - z
+        for i in range(done):
+            yield slab[:, :size_x, :size_y, i].clone()
+        for sums in slab:  # moves on; class by class, as a copy of all is large
+            sums[..., :-done] = sums[..., done:].clone()
+            sums[..., -done:] = 0
 
 
 def add_windows(slab, boxes, networks, windows, weight):
