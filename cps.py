@@ -92,15 +92,15 @@ class Config:
     unlabelled: tuple[str, ...] = ()  # more folders of unlabelled images
     labelled: int = 0  # training cases that keep their labels, the others lose them; 0: all
     val: float = 0.2  # share, or number if >= 1, of cases that choose the checkpoint [ours]
-    test: float = 0.0  # the same, for cases that are tested once, at the end; 0: imagesTs, if any
+    test: float = 0.0  # share or number of cases to be tested at the end; 0: imagesTs, if any
     split: str = ""  # a split.json, as in run folders: who is labelled, unlabelled, val, test
     clip: tuple[float, ...] = (-68.0, 200.0)  # HU; auto (empty): 0.5, 99.5 percentiles [paper]
     spacing: tuple[float, ...] = ()  # x y z in mm to resample to; native (empty): as it is [ours]
     cache: str = "runs/.cache"  # folder of preprocessed volumes; may be deleted
 
     # method
-    preset: Literal["paper", "quick"] = "paper"  # as published; for a CPU (default without DATA)
-    method: Literal["supervised", "cps", "context"] = "context"  # no L_cps, equal crops, overlap
+    preset: Literal["paper", "quick"] = "paper"  # quick: for a CPU, the default without DATA
+    method: Literal["supervised", "cps", "context"] = "context"  # no CPS; plain; context-aware
     lam: float = 1.0  # weight of L_cps after the ramp-up [ours, measured]
     rampup: float = 0.6  # share of the run over which lam grows; 0: full at once [ours, measured]
     pseudo_loss: Literal["dice_ce", "ce"] = "dice_ce"  # l of L_cps [paper: Dice + CE; CPS: CE]
@@ -117,7 +117,7 @@ class Config:
     # network
     base_channels: int = 32  # at the first level; doubled at each next one, at most 320 [nnU-Net]
     levels: int = 5  # of resolution; the patch must divide by 2^(levels-1) [ours; nnU-Net: 6]
-    init_b: Literal["he", "xavier"] = "he"  # normal; A has he [paper: he; two draws of it: ours]
+    init_b: Literal["he", "xavier"] = "he"  # of B, normal; A always has he [paper]
 
     # schedule
     epochs: int = 1000  # an epoch is a row of the log [paper]
@@ -174,21 +174,20 @@ def dice_ce_loss(logits, target, ignore_index=-1, dice=True):
 
     # Cross-entropy: the mean over the voxels of a patch that are not ignored.
     nll = -log_prob.gather(1, target) * valid  # (B, 1, V)
-    loss = nll.sum(2) / valid.sum(2).clamp(min=1)  # (B, 1)
+    cross_entropy = nll.sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)  # (B,)
     if not dice:
-        return loss.mean()
+        return cross_entropy.mean()
 
     # Soft Dice: for each patch and class apart, so that no patch depends on its neighbours.
     prob = log_prob.exp() * valid  # (B, K, V)
-    one_hot = torch.zeros_like(prob)
-    one_hot.scatter_(1, target, valid.to(prob.dtype))
+    one_hot = torch.zeros_like(prob).scatter(1, target, 1.0) * valid
     prob = prob[:, 1:]  # (B, K-1, V), without background
     one_hot = one_hot[:, 1:]
     overlap = (prob * one_hot).sum(2)  # (B, K-1)
     size = prob.sum(2) + one_hot.sum(2)
     # 1e-5: a class that is in neither scores 1 instead of 0 / 0.
     soft_dice = (2 * overlap + 1e-5) / (size + 1e-5)
-    return (loss[:, 0] + 1 - soft_dice.mean(1)).mean()
+    return (cross_entropy + 1 - soft_dice.mean(1)).mean()
 
 
 def pseudo_label(logits):
@@ -213,7 +212,7 @@ def cross_pseudo_loss(logits_a, logits_b, valid=None, dice=True):
 
 
 def rampup(step, length):
-    """Share of lam at a step: pseudo labels are noise at first [ours; the shape is SSL4MIS's]."""
+    """Share of lam at a step: pseudo labels are noise at first [ours; SSL4MIS's curve]."""
     if step >= length:
         return 1.0
     return float(np.exp(-5 * (1 - step / length) ** 2))
@@ -225,9 +224,10 @@ def overlapping_corners(rng, shape, patch, min_overlap):
     """Draw the corners of two patches of one volume that share at least `min_overlap` of a patch.
 
     rng: numpy Generator. shape, patch: voxels of each axis. Returns two int arrays within
-    [0, shape - patch], 0 on an axis where the volume is smaller: both are padded alike there. With
-    offset d they share prod(1 - |d_a| / P_a). They are equal only where the volume, or a
-    min_overlap close to 1, leaves no choice. [ours: offsets are bounded, rejecting takes long]
+    [0, shape - patch], 0 on an axis where the volume is smaller: both are padded alike there. They
+    share the product, over the axes, of 1 - |d| / P, with offset d = corner2 - corner1. They are
+    equal only where the volume, or a min_overlap close to 1, leaves no choice. [ours: d is bounded
+    axis by axis, as drawing anew until a pair fits takes long]
     """
     patch = np.asarray(patch)
     room = np.maximum(np.asarray(shape) - patch, 0)  # for a corner, on each axis
@@ -235,14 +235,13 @@ def overlapping_corners(rng, shape, patch, min_overlap):
     corner2 = corner1.copy()
 
     overlap = 1.0  # what the two share, if the axes that are still to come have no offset
-    for axis in rng.permutation(len(patch)):
-        # This axis may use up what is left: 1 - |d| / P >= min_overlap / overlap.
-        reach = int(patch[axis] * (1 - min_overlap / overlap) + 1e-9)
+    for axis in rng.permutation(len(patch)):  # in any order: the first one may move farthest
+        least = min_overlap / overlap  # so much this axis must keep: 1 - |d| / P >= least
+        reach = int(patch[axis] * (1 - least) + 1e-9)  # largest |d|; 1e-9: against rounding
         start = corner1[axis]
-        choices = np.arange(room[axis] + 1)
-        choices = choices[abs(choices - start) <= reach]
+        choices = np.arange(max(0, start - reach), min(room[axis], start + reach) + 1)
         moved = choices[choices != start]
-        if overlap == 1 and len(moved):  # no offset so far: equal crops would be plain CPS
+        if np.array_equal(corner1, corner2) and len(moved):  # equal crops would be plain CPS
             choices = moved
         corner2[axis] = rng.choice(choices)
         overlap *= 1 - abs(corner2[axis] - start) / patch[axis]
@@ -256,23 +255,24 @@ def overlap_slices(corner1, corner2, patch):
     size = patch - abs(offset)
     if np.any(size <= 0):
         raise ValueError(f"patches at {corner1} and {corner2} do not overlap")
-    slices1 = box_at(np.maximum(offset, 0), size)
+    slices1 = box_at(np.maximum(offset, 0), size)  # begins at d, where the second lies higher
     slices2 = box_at(np.maximum(-offset, 0), size)
     return slices1, slices2
 
 
 def box_at(corner, shape):
     """Slices that cut a box of a shape out of an array."""
-    return tuple(map(slice, corner, np.add(corner, shape)))
+    return tuple(slice(low, low + size) for low, size in zip(corner, shape))
 
 
 def cut_box(volume, corner, shape, outside):
     """Cut a box out of a volume (X, Y, Z), maybe memory-mapped: only the box is read. It may reach
     beyond the volume, at a negative corner too: `outside` is filled in there."""
-    result = np.full(shape, outside)
+    result = np.full(shape, outside)  # the type of `outside` is that of the box
     low = np.clip(corner, 0, volume.shape)  # of what lies inside the volume
     high = np.clip(corner + shape, 0, volume.shape)
-    result[box_at(low - corner, high - low)] = volume[box_at(low, high - low)]
+    size = high - low
+    result[box_at(low - corner, size)] = volume[box_at(low, size)]
     return result
 
 
@@ -288,8 +288,8 @@ class Patches(Dataset):
         self.config = config
         self.patch = np.array(config.patch)
         self.split = split  # {"labelled": cases, "unlabelled": cases, ...} of section 8
-        # class_of[label id] is the class; class_of[-1], the last one, keeps padding at -1.
-        self.class_of = np.append(np.searchsorted([0, *ids], range(256)), -1).astype(np.int16)
+        self.class_of = np.full(257, -1, np.int16)  # of a label id; the last, [-1], is padding's
+        self.class_of[[0, *ids]] = range(len(ids) + 1)
         self.rank = rank  # number of this process
 
     def __getitem__(self, step):
@@ -307,11 +307,13 @@ class Patches(Dataset):
             # All chance comes from (seed, step, number): any step can be made again, alone.
             number = self.rank * config.batch + i  # of the patch, over all processes
             rng = np.random.default_rng((config.seed, step, number))
+            # Both first: which unlabelled case it is must not hang on the labelled one.
             which, which_unlabelled = rng.random(2)
 
             cases = self.split["labelled"]
             case = cases[int(which * len(cases))]
-            corner = self.labelled_corner(case, rng, centred=(step + number) % 2 == 1)
+            centred = (step + number) % 2 == 1  # every other patch
+            corner = self.labelled_corner(case, rng, centred)
             images, targets = self.crops(case, rng, [corner])
             batch["labelled"][i, 0] = images[0]
             batch["target"][i] = targets[0]
@@ -331,7 +333,7 @@ class Patches(Dataset):
             b = 1 - a
             batch["crops_a"][i, 0] = images[a]
             batch["crops_b"][i, 0] = images[b]
-            batch["valid"][i] = targets[a] >= 0
+            batch["valid"][i] = targets[a] >= 0  # -1 on padding
             batch["overlaps"].append((slices[a], slices[b]))
         return batch
 
@@ -357,7 +359,7 @@ class Patches(Dataset):
         low = np.min(corners, axis=0)  # of the box around them
         size = np.max(corners, axis=0) + self.patch - low
         image = case.array("image")
-        label = np.broadcast_to(np.uint8(0), image.shape)  # tells the inside from padding
+        label = np.broadcast_to(np.uint8(0), image.shape)  # zeros without memory; padding: -1
         if case.label:
             label = case.array("label")
 
@@ -382,8 +384,8 @@ class Patches(Dataset):
 # 4. The networks
 # --------------------------------------------------------------------------------------------------
 class Norm(nn.GroupNorm):
-    """Instance norm with a weight and a bias for each channel [nnU-Net]. It is a group norm of one
-    channel a group as well: faster on a CPU, but autocast would keep it in fp32 on a GPU."""
+    """Instance norm with a weight and a bias for each channel [nnU-Net]. A group norm of groups of
+    one channel is the same, and faster on a CPU; on a GPU autocast would make that one fp32."""
 
     def __init__(self, channels):
         super().__init__(channels, channels)
@@ -444,18 +446,18 @@ class UNet3D(nn.Module):
 
 
 def make_pair(config, num_classes):
-    """Networks A and B: one structure, two random draws of the weights, biases 0 [paper]."""
-    normal = {"he": nn.init.kaiming_normal_, "xavier": nn.init.xavier_normal_}
+    """Networks A and B: one structure [paper], two random draws of the weights, biases 0 [ours]."""
+    draws = {"he": nn.init.kaiming_normal_, "xavier": nn.init.xavier_normal_}
     networks = []
-    for number, draw in enumerate((normal["he"], normal[config.init_b])):
+    for number, name in enumerate(("he", config.init_b)):
         with torch.random.fork_rng(devices=[]):  # leaves the caller's generator alone
             # Of one seed, A and B would begin as one network: nothing to learn from each other.
             torch.manual_seed(2 * config.seed + number)
             network = UNet3D(num_classes, config.base_channels, config.levels)
-            for name, parameter in network.named_parameters():  # the norms begin as 1 and 0
-                if parameter.ndim == 5:
-                    draw(parameter)
-                elif name.endswith("bias"):
+            for path, parameter in network.named_parameters():
+                if parameter.ndim == 5:  # a convolution; the norms begin as 1 and 0
+                    draws[name](parameter)
+                elif path.endswith("bias"):
                     nn.init.zeros_(parameter)
         networks.append(network)
     return networks
@@ -483,18 +485,20 @@ def train_step(networks, optimisers, batch, lam, config, scaler, autocast):
     # Both networks learn the true labels.
     sup = dice_ce_loss(labelled_a, target) + dice_ce_loss(labelled_b, target)
 
-    # On the overlap of its crops, a pair learns from each other. A mean over the pairs.
-    pairs = sup.new_zeros(4)  # stays so for `supervised`
+    # On the overlap of its crops, a pair learns from each other. Means over the pairs.
+    cps = sup.new_zeros(())  # L_cps; stays 0 for `supervised`
+    signs = sup.new_zeros(3)  # the two of `agreement`, and the overlap as a share of a crop
     for i, (slices_a, slices_b) in enumerate(batch["overlaps"]):
-        overlap_a = crops_a[(i, None, ..., *slices_a)]  # (1, K, x, y, z)
-        overlap_b = crops_b[(i, None, ..., *slices_b)]  # the same voxels
-        valid = batch["valid"][(i, None, *slices_a)]  # (1, x, y, z)
-        cps = cross_pseudo_loss(overlap_a, overlap_b, valid, config.pseudo_loss == "dice_ce")
-        share = cps.new_tensor(valid.numel() / target[0].numel())
-        pair = torch.stack((cps, *agreement(overlap_a, overlap_b, valid), share))
-        pairs = pairs + pair / len(batch["overlaps"])
+        overlap_a = crops_a[i : i + 1][(..., *slices_a)]  # (1, K, x, y, z)
+        overlap_b = crops_b[i : i + 1][(..., *slices_b)]  # the same voxels
+        valid = batch["valid"][i : i + 1][(..., *slices_a)]  # (1, x, y, z)
+        loss = cross_pseudo_loss(overlap_a, overlap_b, valid, config.pseudo_loss == "dice_ce")
+        cps = cps + loss / len(crops_a)
+        share = sup.new_tensor(valid.numel() / math.prod(config.patch))
+        sign = torch.stack((*agreement(overlap_a, overlap_b, valid), share))
+        signs = signs + sign / len(crops_a)
 
-    loss = sup + lam * pairs[0]  # L
+    loss = sup + lam * cps  # L
     scaler.scale(loss).backward()  # one backward for both networks: no graph connects them
     for network, optimiser in zip(networks, optimisers):
         scaler.unscale_(optimiser)  # the norm is of true gradients
@@ -503,8 +507,8 @@ def train_step(networks, optimisers, batch, lam, config, scaler, autocast):
         optimiser.zero_grad(set_to_none=True)
     scaler.update()
 
-    row = torch.stack((sup, *pairs, torch.ones_like(sup))).detach()
-    if scaler.is_enabled():  # fp16 overflows now and then: the scaler skips such a step, so do we
+    row = torch.stack((sup, cps, *signs, torch.ones_like(sup))).detach()
+    if scaler.is_enabled():  # the loss overflows in fp16 now and then: no step, and not counted
         row = torch.where(loss.isfinite(), row, 0)
     return row
 
@@ -514,10 +518,11 @@ def agreement(overlap_a, overlap_b, valid):
     agree, and the share of foreground in their pseudo labels. Logits (1, K, x, y, z); scalars."""
     label_a = pseudo_label(overlap_a)  # (1, x, y, z)
     label_b = pseudo_label(overlap_b)
-    share = valid / valid.sum().clamp(min=1)  # of a voxel
-    equal = ((label_a == label_b) * share).sum()
-    foreground = ((label_a.sign() + label_b.sign()) * share).sum() / 2
-    return equal, foreground
+    count = valid.sum().clamp(min=1)  # voxels
+    equal = ((label_a == label_b) & valid).sum() / count
+    foreground_a = ((label_a > 0) & valid).sum() / count
+    foreground_b = ((label_b > 0) & valid).sum() / count
+    return equal, (foreground_a + foreground_b) / 2
 
 
 def train(config):
@@ -536,16 +541,16 @@ def train(config):
             lam = config.lam * rampup(run.step, config.rampup * run.steps)
 
             # Step
-            run.sums += train_step(
+            run.sums += train_step(  # run.trained: A and B, as --compile or torchrun wrap them
                 run.trained, run.optimisers, batch, lam, config, run.scaler, run.autocast
             )
             run.step += 1
 
             # Evaluate, log, save
             if run.step % config.epoch_steps == 0:
-                epoch += 1  # those that are done
+                done = epoch + 1  # epochs
                 score = nan
-                if epoch % config.validate_epochs == 0 or epoch == config.epochs:
+                if done % config.validate_epochs == 0 or done == config.epochs:
                     score = mean_dice(validate(run, run.split["val"]))
                 run.log(lr, lam, score)
                 if score > run.best:
@@ -557,7 +562,8 @@ def train(config):
                 run.save("last.pt")
                 raise KeyboardInterrupt(f"step {run.step} is saved; run this again with --resume")
 
-        if not run.split["val"] or not run.path("best.pt").exists():  # or finished early
+        # If no case chose a checkpoint, or no step was left that could have: the last one.
+        if not run.split["val"] or not run.path("best.pt").exists():
             run.best = mean_dice(validate(run, run.split["val"]))
             run.save("best.pt")
         return report(run)
@@ -573,28 +579,29 @@ def sliding_window(
 
     A voxel gets the class of the largest mean softmax, over the windows around it (weighted by a
     Gaussian) and the networks. shape: size of the result, where it differs: probabilities are
-    interpolated to it, edges aligned. Memory does not grow with the length of the scan: of the
-    (K, X, Y, Z) sums, only a slab exists, on the host if it is larger than `host_bytes` [ours:
-    FLARE allows a card 2048 MiB].
+    interpolated to it, and the outer edges of both grids coincide. Of the (K, X, Y, Z) sums only a
+    slab exists, so that they do not grow with the length of the scan; on the host if it is larger
+    than `host_bytes` [ours: FLARE allows a card 2048 MiB].
     """
     patch = np.asarray(patch)
     result = np.zeros(shape or volume.shape, np.uint8)
-    # Where the centres of the result's slices lie among those of the volume.
+    # Where the centres of the result's slices lie: at 2.5, halfway from slice 2 of the volume to 3.
     depth = volume.shape[2]
     position = (np.arange(result.shape[2]) + 0.5) * depth / result.shape[2] - 0.5
     position = position.clip(0, depth - 1)
 
     sums = window_sums(networks, volume, patch, num_classes, overlap, device, host_bytes)
     for z, plane in enumerate(sums):  # (K, X, Y)
-        # The sum of the weights at a voxel is the same for all classes: to compare them, there is
-        # no need to divide by it. To mix voxels there is; it is the sum over the classes.
+        # The argmax needs no division by the sum of the weights: all classes of a voxel share it.
+        # Interpolation does, as voxels differ in it; softmax sums to 1, so it is plane.sum(0).
         if result.shape != volume.shape:
             plane = plane / plane.sum(0)
             plane = F.interpolate(plane[None], result.shape[:2], mode="bilinear")[0]
         if z == 0:
             before = plane
-        for i in np.flatnonzero(np.ceil(position) == z):  # between the last plane and this
-            mixed = torch.lerp(before, plane, float(position[i] - z + 1))
+        for i in np.flatnonzero(np.ceil(position) == z):  # z - 1 < position <= z
+            share = float(position[i]) - (z - 1)  # 0 at the plane before, 1 at this one
+            mixed = torch.lerp(before, plane, share)
             result[:, :, i] = mixed.argmax(0).byte().cpu()
         before = plane
     return result
@@ -613,29 +620,28 @@ def window_sums(networks, volume, patch, num_classes, overlap, device, host_byte
         volume = np.pad(volume, [(0, size) for size in missing])
     scan = torch.from_numpy(volume).to(device)  # once; windows are cut out there
     if scan.is_cuda:
-        scan = scan.half()  # as fine as the cache that the networks learned from
+        scan = scan.half()  # float16, as in the cache of the training
 
-    starts = []  # on each axis: steps of (1 - overlap) of a patch, and the last one at the end
+    starts = []  # of windows on each axis: after (1 - overlap) of a patch, the last at the end
     for size, width in zip(volume.shape, patch):
         step = max(1, int(width * (1 - overlap)))
         starts.append([*range(0, size - width, step), size - width])
     starts_x, starts_y, starts_z = starts
-    boxes = [
-        box_at((x, y, 0), patch) for x, y in itertools.product(starts_x, starts_y)
-    ]  # of a slab
+    # Where the windows lie in a slab.
+    boxes = [box_at((x, y, 0), patch) for x, y in itertools.product(starts_x, starts_y)]
 
     shape = (num_classes, *volume.shape[:2], patch[2])
-    large = 4 * math.prod(shape) > host_bytes
+    large = 4 * math.prod(shape) > host_bytes  # float32
     slab = torch.zeros(shape, device="cpu" if large else device)  # (K, X, Y, z)
     weight = gaussian(patch).to(device)
-    at_once = 1 if scan.is_cuda else 2  # a CPU takes 2.5 times as long for each window alone
+    at_once = 1 if scan.is_cuda else 2  # on a CPU two are faster than one alone [measured]
 
     for z, next_z in itertools.pairwise([*starts_z, volume.shape[2]]):
+        ahead = scan[:, :, z:]  # boxes count from here, as the slab does
         for i in range(0, len(boxes), at_once):
             some = boxes[i : i + at_once]
-            windows = [scan[:, :, z:][box] for box in some]
-            windows = torch.stack(windows)[:, None].float()  # (2, 1, *P)
-            windows = windows.expand(at_once, 1, *patch)  # the last one maybe twice
+            windows = torch.stack([ahead[box] for box in some])[:, None].float()
+            windows = windows.expand(at_once, 1, *patch)  # an odd one twice; its copy is dropped
             add_windows(slab, some, networks, windows, weight)
 
         done = next_z - z
@@ -658,10 +664,12 @@ def add_windows(slab, boxes, networks, windows, weight):
 def gaussian(patch):
     """Weights (x, y, z) of the voxels of a window, whose centre knows most of its surroundings: 1
     there, a standard deviation of an eighth of the patch, at least 0.001 [nnU-Net]."""
-    weight = np.array(1.0)
+    curves = []
     for size in patch:
         offset = (np.arange(size) - (size - 1) / 2) / (size / 8)  # in standard deviations
-        weight = np.multiply.outer(weight, np.exp(-0.5 * offset**2))
+        curves.append(np.exp(-0.5 * offset**2))
+    x, y, z = curves
+    weight = x[:, None, None] * y[:, None] * z
     return torch.tensor(weight).float().clamp(min=1e-3)
 
 
@@ -672,8 +680,10 @@ def largest_components(labels, ids):
     for label, place in label_boxes(labels).items():
         if label in ids:
             components, _ = ndimage.label(labels[place] == label)  # 0 where the label is not
-            largest = np.bincount(components[components > 0]).argmax()
-            kept[place][(components > 0) & (components != largest)] = 0
+            sizes = np.bincount(components.ravel())
+            largest = sizes[1:].argmax() + 1
+            others = (components > 0) & (components != largest)
+            kept[place][others] = 0  # kept[place] is a view
     return kept
 
 
@@ -704,9 +714,9 @@ def dice(pred, ref):
 
 def validate(run, cases):
     """Dice of network A: a table float (cases, labels), NaN where a case does not hold the label.
-    With 1 there, a network that has forgotten a rare organ would win."""
+    To count 1 there would reward a network that never finds a rare organ."""
     table = np.full((len(cases), len(run.ids)), nan)
-    for row, case in zip(table, cases):
+    for row, case in zip(table, cases):  # a row is a view
         ref = case.array("label")
         pred = segment(run, case.array("image"))
         for i, label in enumerate(run.ids):
@@ -2050,7 +2060,10 @@ def predict(
     largest: bool = True,  # one component of each label that was in one piece in training
     device: str = "auto",  # cpu, cuda, cuda:1, ...
 ):
-    """Segment a scan, or the scans of a folder. Returns the exit code: 1 if some could not be."""
+    """Segment a scan, or the scans of a folder.
+
+    Returns the exit code: 1 if some could not be.
+    """
     run = Run.load(checkpoint, device=device)
     scans = list_scans(images, images=True)
     out = Path(out)
@@ -2129,9 +2142,10 @@ def evaluate(
     tolerance: float = 2.0,  # of the surface Dice, in mm
     csv: str = "",  # file for the scores of each case and label
 ):
-    """Dice, surface Dice and HD95 of segmentations. Returns the exit code.
+    """Dice, surface Dice and HD95 of segmentations.
 
     A prediction that is missing or refused counts as empty: the challenge's code leaves it out.
+    Returns the exit code.
     """
     need(0 < tolerance < inf, f"--tolerance {tolerance}: must be a number of mm above 0")
     known = list_scans(references)
