@@ -307,7 +307,7 @@ class Patches(Dataset):
             # All chance comes from (seed, step, number): any step can be made again, alone.
             number = self.rank * config.batch + i  # of the patch, over all processes
             rng = np.random.default_rng((config.seed, step, number))
-            # Both first: which unlabelled case it is must not hang on the labelled one.
+            # Both first: which unlabelled case it is must not depend on the labelled one.
             which, which_unlabelled = rng.random(2)
 
             cases = self.split["labelled"]
@@ -488,17 +488,19 @@ def train_step(networks, optimisers, batch, lam, config, scaler, autocast):
     # On the overlap of its crops, a pair learns from each other. Means over the pairs.
     cps = sup.new_zeros(())  # L_cps; stays 0 for `supervised`
     signs = sup.new_zeros(3)  # the two of `agreement`, and the overlap as a share of a crop
+    with_dice = config.pseudo_loss == "dice_ce"
     for i, (slices_a, slices_b) in enumerate(batch["overlaps"]):
         overlap_a = crops_a[i : i + 1][(..., *slices_a)]  # (1, K, x, y, z)
         overlap_b = crops_b[i : i + 1][(..., *slices_b)]  # the same voxels
         valid = batch["valid"][i : i + 1][(..., *slices_a)]  # (1, x, y, z)
-        loss = cross_pseudo_loss(overlap_a, overlap_b, valid, config.pseudo_loss == "dice_ce")
-        cps = cps + loss / len(crops_a)
+        cps = cps + cross_pseudo_loss(overlap_a, overlap_b, valid, with_dice) / len(crops_a)
+
+        equal, foreground = agreement(overlap_a, overlap_b, valid)
         share = sup.new_tensor(valid.numel() / math.prod(config.patch))
-        sign = torch.stack((*agreement(overlap_a, overlap_b, valid), share))
-        signs = signs + sign / len(crops_a)
+        signs = signs + torch.stack((equal, foreground, share)) / len(crops_a)
 
     loss = sup + lam * cps  # L
+    scale = scaler.get_scale()  # of fp16 gradients; 1 elsewhere
     scaler.scale(loss).backward()  # one backward for both networks: no graph connects them
     for network, optimiser in zip(networks, optimisers):
         scaler.unscale_(optimiser)  # the norm is of true gradients
@@ -508,8 +510,8 @@ def train_step(networks, optimisers, batch, lam, config, scaler, autocast):
     scaler.update()
 
     row = torch.stack((sup, cps, *signs, torch.ones_like(sup))).detach()
-    if scaler.is_enabled():  # the loss overflows in fp16 now and then: no step, and not counted
-        row = torch.where(loss.isfinite(), row, 0)
+    if scaler.get_scale() < scale:  # fp16 overflowed, so that A or B made no step: not counted
+        row = torch.zeros_like(row)
     return row
 
 
@@ -566,7 +568,7 @@ def train(config):
         if not run.split["val"] or not run.path("best.pt").exists():
             run.best = mean_dice(validate(run, run.split["val"]))
             run.save("best.pt")
-        return report(run)
+    return report(run)
 
 
 # 6. Inference
@@ -585,7 +587,7 @@ def sliding_window(
     """
     patch = np.asarray(patch)
     result = np.zeros(shape or volume.shape, np.uint8)
-    # Where the centres of the result's slices lie: at 2.5, halfway from slice 2 of the volume to 3.
+    # Where the slices of the result lie among those of the volume: 2.5 is midway from 2 to 3.
     depth = volume.shape[2]
     position = (np.arange(result.shape[2]) + 0.5) * depth / result.shape[2] - 0.5
     position = position.clip(0, depth - 1)
@@ -599,10 +601,10 @@ def sliding_window(
             plane = F.interpolate(plane[None], result.shape[:2], mode="bilinear")[0]
         if z == 0:
             before = plane
-        for i in np.flatnonzero(np.ceil(position) == z):  # z - 1 < position <= z
-            share = float(position[i]) - (z - 1)  # 0 at the plane before, 1 at this one
-            mixed = torch.lerp(before, plane, share)
-            result[:, :, i] = mixed.argmax(0).byte().cpu()
+        for i, place in enumerate(position):
+            if z - 1 < place <= z:  # between the plane before and this one
+                mixed = torch.lerp(before, plane, float(place) - (z - 1))
+                result[:, :, i] = mixed.argmax(0).byte().cpu()
         before = plane
     return result
 
@@ -647,9 +649,10 @@ def window_sums(networks, volume, patch, num_classes, overlap, device, host_byte
         done = next_z - z
         for i in range(done):
             yield slab[:, :size_x, :size_y, i].clone()
+        left = patch[2] - done
         for sums in slab:  # moves on; class by class, as a copy of all is large
-            sums[..., :-done] = sums[..., done:].clone()
-            sums[..., -done:] = 0
+            sums[..., :left] = sums[..., done:].clone()
+            sums[..., left:] = 0
 
 
 def add_windows(slab, boxes, networks, windows, weight):
@@ -760,7 +763,9 @@ class Case:
     def array(self, part):
         """Memory-mapped: image float16 (X, Y, Z); of a labelled case also label uint8 (X, Y, Z)
         and points int32 (n, 4), of which a row is a label id and the x, y, z of a voxel of it."""
-        return np.load(f"{self.prepared}.{part}.npy", mmap_mode="c")  # torch wants it writable
+        return np.load(
+            f"{self.prepared}.{part}.npy", mmap_mode="c"
+        )  # private copy: torch wants to write
 
 
 def atomic(path, save, *args):
@@ -792,14 +797,12 @@ def list_scans(path, images=False, ids=()):
     need(files, f"{path}: no .nii or .nii.gz file here; give a scan or a folder of scans")
     stems = set(files.values())
 
-    doubles = []  # cases of which there are two channels
-    if images:
-        others = stems - set(ids)
-        first = sorted(stem[:-5] for stem in others if stem.endswith("_0001"))
-        doubles = [name for name in first if f"{name}_0000" in others]
-    several = len(doubles) > 1 or not set(ids).isdisjoint(doubles)
-    what = f"{path}: {doubles[:3]} have channels _0000, _0001"
-    need(not several, f"{what}; keep one channel a case")
+    # Two channels of a case are refused. (One such pair alone may be two cases.)
+    others = stems - set(ids)
+    seconds = [stem[:-5] for stem in sorted(others) if stem.endswith("_0001")]
+    pairs = [name for name in seconds if f"{name}_0000" in others]
+    several = images and (len(pairs) > 1 or not set(ids).isdisjoint(pairs))
+    need(not several, f"{path}: {pairs[:3]} have channels _0000, _0001; keep one channel a case")
 
     strip = images and all(stem.endswith("_0000") for stem in stems)
     scans = {}
@@ -850,6 +853,9 @@ def split_cases(config):
     if config.split:
         parts = read_split(config.split, cases)
         if config.labelled:  # the first ones keep their labels
+            count = len(parts["labelled"])
+            few = f"--labelled {config.labelled}: {config.split} has {count}; give fewer"
+            need(config.labelled <= count, few)
             parts["unlabelled"] += parts["labelled"][config.labelled :]
             parts["labelled"] = parts["labelled"][: config.labelled]
     else:
@@ -1015,7 +1021,7 @@ def working_shape(shape, spacing, config, path):
         size = np.rint(shape * spacing / config.spacing).clip(1)
     size = tuple(int(n) for n in size)
     what = f"{shape} voxels of {spacing.round(4).tolist()} mm, {size} in --spacing {config.spacing}"
-    fits = 16 * math.prod(size) < memory_bytes()
+    fits = 16 * math.prod(size) < memory_bytes() or not config.check
     need(fits, f"{path}: has {what}: too many for the memory; change --spacing or the file")
     return size
 
@@ -1170,10 +1176,10 @@ def prepare(split, config):
     total, missing, largest = cache_bytes(split, config)
     free = shutil.disk_usage(config.cache).free
     sizes = f"{missing / 1e9:.3g} GB are to be written and {free / 1e9:.3g} GB are free"
-    fits = missing < free or not config.check
+    fits = missing <= free or not config.check
     need(fits, f"--cache {config.cache}: {sizes}; choose another disk, or --no-check")
     print(f"cache      {config.cache}, {total / 1e9:.3g} GB; {sizes}")
-    volumes = memory_bytes() // (5 * 4 * max(largest, 1))  # that fit, 5 at float32 for a thread
+    volumes = memory_bytes() / (5 * 4 * max(largest, 1))  # that fit, 5 at float32 for a thread
     threads = int(max(1, min(volumes, os.cpu_count() or 1)))
 
     done = {}
@@ -1563,20 +1569,18 @@ def phantom_volume(rng, shape=(56, 48, 48)):
 def make_phantom(folder):
     """Write what is missing of it: 12 labelled (Tr), 24 unlabelled (Un), 8 test cases (Ts)."""
     for group, part, count in ((0, "Tr", 12), (1, "Un", 24), (2, "Ts", 8)):
+        kinds = ("images",) if part == "Un" else ("images", "labels")
         for number in range(count):
-            name = f"phantom{part}{number:02}.nii.gz"
-            image, label = phantom_volume(np.random.default_rng((group, number)))
-            write_phantom(image, Path(folder, f"images{part}", name))
-            if part != "Un":
-                write_phantom(label, Path(folder, f"labels{part}", name))
-
-
-def write_phantom(volume, path):
-    """Write a volume of it, unless the file is there."""
-    if not path.exists():
-        volume = volume[::-1, ::-1].round().astype(np.int16)  # LPS: never RAS+ by luck
-        scan = nib.Nifti1Image(volume, np.diag((-6, -6, 6, 1)))
-        atomic(path, scan.to_filename)
+            paths = [
+                Path(folder, kind + part, f"phantom{part}{number:02}.nii.gz") for kind in kinds
+            ]
+            if all(path.exists() for path in paths):
+                continue
+            volumes = phantom_volume(np.random.default_rng((group, number)))
+            for path, volume in zip(paths, volumes):
+                volume = volume[::-1, ::-1].round().astype(np.int16)  # LPS: never RAS+ by luck
+                scan = nib.Nifti1Image(volume, np.diag((-6, -6, 6, 1)))
+                atomic(path, scan.to_filename)
 
 
 # 12. Runs
@@ -1605,8 +1609,8 @@ class Run:
         self.steps = config.epochs * config.epoch_steps
         self.stop = False  # a signal came
 
-        gpu = use_gpu(config)
-        self.device = torch.device(config.device.replace("auto", "cuda" if gpu else "cpu"))
+        self.device = device_of(config)
+        gpu = self.device.type == "cuda"
         torch.backends.cudnn.benchmark = gpu  # one patch size: the search for kernels pays
         self.networks = make_pair(config, len(self.ids) + 1)
         for network in self.networks:
@@ -1643,7 +1647,7 @@ class Run:
         self.need_finite()
         if RANK:
             return
-        state = {name: getattr(self, name) for name in STATE}
+        state = {key: getattr(self, key) for key in STATE}
         state["version"] = VERSION
         state["config"] = dataclasses.asdict(self.config)
         state["parts"] = [part.state_dict() for part in self.parts()]
@@ -1666,7 +1670,8 @@ class Run:
                 if saved:  # a scaler that was off has none
                     part.load_state_dict(saved)
             state["sums"] = state["sums"].to(run.device)
-            vars(run).update(state)
+            for key in STATE:
+                setattr(run, key, state[key])
         return run
 
     def batches(self):
@@ -1707,7 +1712,7 @@ class Run:
         skipped = self.config.epoch_steps * PROCESSES - count
         means = [value / count for value in sums]
         if self.config.method == "supervised":
-            means[1:] = [nan] * 4
+            means[1:] = [nan] * (len(means) - 1)
         now = time.monotonic()
         seconds = (now - self.since) / self.config.epoch_steps
         self.since = now
@@ -1717,7 +1722,8 @@ class Run:
             return
         write_csv(self.path("log.csv"), [LOG, *self.rows])
         left = timedelta(seconds=int(seconds * (self.steps - self.step)))
-        print(" ".join(f"{value:10.4g}" for value in self.rows[-1]), left, flush=True)
+        numbers = [f"{value:10.4g}" for value in self.rows[-1][1:]]
+        print(f"{self.step:10}", *numbers, left, flush=True)
         if skipped:
             print(f"{skipped:.0f} steps overflowed in fp16 and were skipped")
 
@@ -1791,23 +1797,20 @@ def label_ids(split):
 
 def one_piece(cases, ids):
     """The labels that lie in one piece: 99 % of each case's voxels in the largest component."""
-    found = []
-    for label in ids:
-        shares = [case.facts["labels"].get(str(label), 1.0) for case in cases]
-        if min(shares) >= 0.99:
-            found.append(label)
-    return found
+
+    def share(case, label):  # 1 where the case does not hold the label
+        return case.facts["labels"].get(str(label), 1.0)
+
+    return [label for label in ids if min(share(case, label) for case in cases) >= 0.99]
 
 
 def fingerprint(split):
     """What the cases are, wherever they lie: {part: {name: checksums of image and label}}."""
-    marks = {}
-    for part, cases in split.items():
-        marks[part] = {}
-        for case in cases:
-            facts = case.facts
-            marks[part][case.name] = [facts["checksum"], facts.get("label_checksum", 0)]
-    return marks
+
+    def sums(case):
+        return [case.facts["checksum"], case.facts.get("label_checksum", 0)]
+
+    return {part: {case.name: sums(case) for case in cases} for part, cases in split.items()}
 
 
 def resumed(last, config, split):
@@ -1829,34 +1832,33 @@ def resumed(last, config, split):
     return run
 
 
+def try_lock(path):
+    """A connection to a database that nobody else has open; None if it cannot be had."""
+    try:
+        connection = sqlite3.connect(path, timeout=0)
+        connection.execute("BEGIN EXCLUSIVE")
+    except sqlite3.Error:
+        return None
+    return connection
+
+
 @contextmanager
 def locked(folder):
     """Turn away a second run in a folder, on any system; even kill -9 ends the lock."""
-
-    def lock(path):
-        connection = sqlite3.connect(path, timeout=0)
-        connection.execute("BEGIN EXCLUSIVE")
-        return connection
-
     folder.mkdir(parents=True, exist_ok=True)
-    connection = None
-    try:
-        connection = lock(folder / f".lock{RANK}")
-    except sqlite3.Error as error:
+    lock = try_lock(folder / f".lock{RANK}")
+    if not lock:  # can a new file be locked? Not on a file system without locks
         with tempfile.TemporaryDirectory(prefix=".", dir=folder) as other:
-            try:
-                lock(Path(other) / "lock").close()
-            except sqlite3.Error:  # not even a new file: the file system has no locks
-                warn(f"{folder}: cannot be locked here; see that no second run uses it")
-            else:
-                raise UserError(
-                    f"{folder}: in use by another run; end it or change --out"
-                ) from error
+            probe = try_lock(Path(other) / "lock")
+            if probe:
+                probe.close()
+        need(not probe, f"{folder}: in use by another run; end it or change --out")
+        warn(f"{folder}: cannot be locked here; see that no second run uses it")
     try:
         yield
     finally:
-        if connection:
-            connection.close()
+        if lock:
+            lock.close()
 
 
 @contextmanager
@@ -1905,17 +1907,20 @@ def header(run):
 
 def check_memory(config):
     """Refuse a training of which a step cannot fit, by the count for two classes."""
-    gpu = use_gpu(config)
-    free = torch.cuda.mem_get_info()[0] if gpu else memory_bytes()
+    device = device_of(config)
+    gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if gpu else memory_bytes()
     size = costs(config, 2, gpu)[3]
     sizes = f"a step takes {size / 2**30:.1f} GiB or more, and {free / 2**30:.1f} are free"
     fits = size < free or not config.check
     need(fits, f"--patch: {sizes}; use --preset quick, a smaller --patch or --batch, or --no-check")
 
 
-def use_gpu(config):
-    """Whether a run is for a GPU: `auto` takes one that is there."""
-    return config.device != "cpu" and torch.cuda.is_available()
+def device_of(config):
+    """The device of a run: `auto` takes a GPU if there is one."""
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.device)
 
 
 def settings(config):
@@ -1943,32 +1948,20 @@ def protocol(config, classes, gpu):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made while it is on: now, and at most."""
+    """Counts the most bytes of tensors that are made, and alive at once, while it is on."""
 
     def __init__(self):
         super().__init__()
-        self.now = 0
         self.peak = 0
-        self.known = weakref.WeakSet()
+        self.alive = weakref.WeakSet()  # storages; those that are freed leave by themselves
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
-                self.add(tensor.untyped_storage())
+                self.alive.add(tensor.untyped_storage())
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in self.alive))
         return result
-
-    def add(self, storage):
-        """Count a storage until it is freed."""
-        if storage not in self.known:
-            self.known.add(storage)
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.free, storage.nbytes())
-
-    def free(self, size):
-        """Take back what was counted."""
-        self.now -= size
 
 
 def costs(config, classes, gpu=False):
@@ -2027,8 +2020,8 @@ def report(run):
     try:
         if RANK == 0:
             figure(run, best, val[:3])
-    except (ImportError, AttributeError):  # absent, or old
-        print(f"no {config.out}/figure.png: pip install -U matplotlib")
+    except ImportError:
+        print(f"no {config.out}/figure.png: pip install matplotlib")
 
     hours = sum(row[-1] for row in run.rows) * config.epoch_steps / 3600
     watts = WATTS[run.device.type]
@@ -2183,9 +2176,9 @@ def evaluate(
 
     code = for_each("evaluating", known, one)
     ids = FLARE22 if flare22 else sorted(used)
+    for name, scores in results.items():
+        results[name] = {label: scores[label] for label in ids}
     if results and ids:
-        for name, scores in results.items():
-            results[name] = {label: scores[label] for label in ids}
         print(table(results, head, flare22))
         empty &= results.keys()
         if empty:
@@ -2282,7 +2275,7 @@ def ablate(
     text = markdown(summary)
     write_csv(Path(config.out) / "ablation.csv", rows)
     atomic(Path(config.out) / "ablation.md", Path.write_text, text + "\n", "utf-8")
-    print(f"\n{config.out}/ablation.md, {len(both)} test cases:\n{text}")
+    print(f"\n{config.out}/ablation.md, {len(done['results'])} test cases:\n{text}")
 
 
 def over_seeds(tables, digits=4):
@@ -2340,7 +2333,7 @@ def draw_method(row, run, case):
     corners = overlapping_corners(rng, image.shape, patch, run.config.min_overlap)
     says = np.full((2, *image.shape), -2, np.int16)  # of A and of B; -2: not in its crop
     for i, corner in enumerate(corners):
-        box = tuple(map(slice, corner, corner + patch))
+        box = box_at(corner, patch)
         says[i][box] = segment(run, image[box], networks="ab"[i], largest=False)
     both = np.where(says[0] == says[1], says[0], -1)
     both[says.min(0) == -2] = 0  # not in the overlap
@@ -2446,7 +2439,7 @@ def attempt(function, *args):
             sentence = "out of memory; lower --patch, --batch or --base-channels of the training"
         else:
             raise
-    print(f"error: {sentence}", file=sys.stderr)
+    sys.stderr.write(f"error: {sentence}\n")  # print would let threads in before the line's end
     return 2
 
 
@@ -2494,7 +2487,9 @@ def memory_bytes():
     limit = Path("/sys/fs/cgroup/memory.max")
     used = Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and limit.read_text().strip() != "max":
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
+        cached = re.search(r"inactive_file (\d+)", limit.with_name("memory.stat").read_text())
+        used_up = int(used.read_text()) - int(cached[1])  # files in memory make room
+        free = min(free, int(limit.read_text()) - used_up)
     return free
 
 
@@ -2509,9 +2504,12 @@ def check_config(config):
     def must(name, holds, wanted):
         need(holds, f"--{flag(name)} {getattr(config, name)}: must be {wanted}")
 
-    for name, value in vars(config).items():
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
         if type(value) in (int, float):
-            must(name, 0 <= value < 2**31, "0 or more, and less than 2^31")
+            must(field.name, 0 <= value < 2**31, "0 or more, and less than 2^31")
+        if get_origin(field.type) is Literal:
+            must(field.name, value in get_args(field.type), f"one of {get_args(field.type)}")
     counts = ("batch", "base_channels", "epochs", "epoch_steps", "halve_epochs", "validate_epochs")
     for name in counts:
         must(name, getattr(config, name) >= 1, "1 or more")
@@ -2593,14 +2591,7 @@ def add_flag(group, parameter, text):
     group.add_argument(f"--{flag(parameter.name)}", **options)
 
 
-COMMANDS = {
-    "train": train,
-    "predict": predict,
-    "evaluate": evaluate,
-    "ablate": ablate,
-    "info": info,
-    "export": export,
-}
+COMMANDS = {f.__name__: f for f in (train, predict, evaluate, ablate, info, export)}
 
 
 def build_parser():

@@ -441,6 +441,20 @@ def test_trap_14_training_on_a_gpu_with_mixed_precision(amp):
 
 # 1. Configuration
 # --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["method", "preset", "pseudo_loss", "init_b"])
+def test_a_word_that_is_no_choice_is_refused_from_python_too(name):
+    with pytest.raises(cps.UserError, match=f"--{cps.flag(name)} supervized: must be one of"):
+        cps.Config(**{name: "supervized"})
+
+
+def test_a_phantom_that_is_there_is_not_built_again(monkeypatch, tmp_path):
+    monkeypatch.setattr(cps, "phantom_volume", lambda rng: (np.ones((2, 2, 2)),) * 2)
+    cps.make_phantom(tmp_path)
+    assert len(list(tmp_path.rglob("*.nii.gz"))) == 2 * 12 + 24 + 2 * 8
+    monkeypatch.setattr(cps, "phantom_volume", None)
+    cps.make_phantom(tmp_path)
+
+
 def test_a_whole_number_will_do_for_a_float():
     config = cps.Config(intensity=0, val=0, lam=0)
     assert config == cps.Config(intensity=0.0, val=0.0, lam=0.0)
@@ -956,6 +970,18 @@ def test_a_step_that_overflows_under_a_scaler_is_skipped_and_left_out(bad):
     assert not row.isfinite().all()
 
 
+def test_a_step_whose_gradients_alone_overflow_is_left_out():
+    make_data()
+    data = patches()
+    nets = networks()
+    sgd = [torch.optim.SGD(net.parameters(), 0.01, 0.9, nesterov=True) for net in nets]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    before = [p.clone() for net in nets for p in net.parameters()]
+    row = cps.train_step(nets, sgd, data[0], 1e6, data.config, scaler, nullcontext())
+    assert row.tolist() == [0] * 6
+    assert all(map(torch.equal, before, [p for net in nets for p in net.parameters()]))
+
+
 def test_the_log_is_a_mean_over_the_steps_that_count(monkeypatch, uncounted, capsys):
     make_data()
     one = cps.train_step
@@ -973,6 +999,22 @@ def test_the_log_is_a_mean_over_the_steps_that_count(monkeypatch, uncounted, cap
     got = [float(row[k]) for k in ("loss_sup", "loss_cps", "agreement", "foreground", "overlap")]
     assert got == pytest.approx(want[:5], rel=1e-5)
     assert "1 steps overflowed" in capsys.readouterr().out
+
+
+def test_the_test_at_the_end_can_be_interrupted(monkeypatch):
+    make_data()
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    seen = []
+
+    def report(run):
+        seen.extend(signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cps, "report", report)
+        assert train() == 130
+    assert seen == before
+    assert train("--resume") == 0  # it is made up for
 
 
 def test_signals_are_given_back_after_an_interrupt(monkeypatch):
@@ -1699,6 +1741,18 @@ def test_two_unlabelled_folders_that_cannot_be_told_apart(capsys):
     assert "two/a/b/ct_0.nii" in error and "rename" in error
 
 
+def test_a_split_with_fewer_labels_than_asked_for_is_refused(capsys):
+    make_data()
+    parts = {"labelled": ["c1", "c2"], "unlabelled": ["c3"], "val": ["c4"], "test": []}
+    assert set(names(cps.Config(**TINY), "val")) <= {
+        f"c{i}" for i in range(6)
+    }  # they are called so
+    pathlib.Path("split.json").write_text(json.dumps(parts))
+    assert train(split="split.json", labelled=3) == 2
+    assert "--labelled 3" in errors_of(capsys)[0]
+    assert train(split="split.json", labelled=2) == 0
+
+
 def test_a_split_of_a_file():
     make_data()
     pathlib.Path("mine.json").write_text(json.dumps(SPLIT))
@@ -1845,6 +1899,48 @@ def test_a_cache_without_a_name_lies_in_this_folder():
     case = cps.Case("c", pathlib.Path("in/c.nii"))
     with suppress(cps.UserError):
         assert not cps.cache_prefix(case, cps.Config(cache="")).startswith("/")
+
+
+def test_files_in_memory_make_room_in_a_container(monkeypatch, tmp_path):
+    texts = {
+        "proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    8000 kB\n",
+        "sys/fs/cgroup/memory.max": "5000000\n",
+        "sys/fs/cgroup/memory.current": "4900000\n",
+        "sys/fs/cgroup/memory.stat": "anon 7\ninactive_file 3000000\nactive_file 5\n",
+    }
+    for name, text in texts.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setattr(cps, "Path", lambda name: tmp_path / name.strip("/"))
+    assert cps.memory_bytes() == 3_100_000
+    (tmp_path / "sys/fs/cgroup/memory.max").write_text("max\n")
+    assert cps.memory_bytes() == 8000 * 1024
+    (tmp_path / "proc/meminfo").unlink()
+    assert cps.memory_bytes() == np.inf
+
+
+def test_cases_are_prepared_by_all_cores_where_the_memory_is_unknown(monkeypatch):
+    make_data()
+    counts = []
+    one = cps.for_each
+
+    def for_each(what, items, function, threads=1):
+        counts.append(threads)
+        return one(what, items, function, threads)
+
+    monkeypatch.setattr(cps, "for_each", for_each)
+    monkeypatch.setattr(cps, "memory_bytes", lambda: np.inf)
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert train(epochs=1) == 0
+    assert counts == [7]
+
+
+def test_a_full_disk_with_a_full_cache_will_do(monkeypatch):
+    make_data()
+    assert train(epochs=1, out="one") == 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
+    assert train(epochs=1, out="two") == 0
 
 
 def test_a_full_disk_is_foreseen(monkeypatch, capsys):
@@ -2809,6 +2905,12 @@ def test_a_case_empty_in_both_files_adds_no_label():
         write(f"p/c{i}.nii.gz", label)
     assert cps.main(["evaluate", "p", "p", "--csv", "s.csv"]) == 0
     assert {row["label"] for row in table_of("s.csv")} == {"2"}
+
+
+def test_where_no_label_occurs_there_is_no_row():
+    write("p/c.nii.gz", np.zeros(SHAPE, np.uint8))
+    assert cps.main(["evaluate", "p", "p", "--csv", "s.csv"]) == 0
+    assert table_of("s.csv") == []
 
 
 def test_info_prints_what_the_tables_of_papers_ask_for(monkeypatch, capsys):
