@@ -2021,7 +2021,7 @@ def report(run):
         if RANK == 0:
             figure(run, best, val[:3])
     except ImportError:
-        print(f"no {config.out}/figure.png: pip install matplotlib")
+        print(f"no {config.out}/figure.png: pip install -U matplotlib")
 
     hours = sum(row[-1] for row in run.rows) * config.epoch_steps / 3600
     watts = WATTS[run.device.type]
