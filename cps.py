@@ -255,8 +255,8 @@ def overlap_slices(corner1, corner2, patch):
     size = patch - abs(offset)
     if np.any(size <= 0):
         raise ValueError(f"patches at {corner1} and {corner2} do not overlap")
-    slices1 = box_at(np.maximum(offset, 0), size)  # begins at d, where the second lies higher
-    slices2 = box_at(np.maximum(-offset, 0), size)
+    slices1 = box_at(np.maximum(offset, 0), size)  # begins at d, where d is positive
+    slices2 = box_at(np.maximum(-offset, 0), size)  # begins at -d, where d is negative
     return slices1, slices2
 
 
@@ -542,8 +542,8 @@ def train(config):
                 optimiser.param_groups[0]["lr"] = lr
             lam = config.lam * rampup(run.step, config.rampup * run.steps)
 
-            # Step
-            run.sums += train_step(  # run.trained: A and B, as --compile or torchrun wrap them
+            # Step. run.trained: A and B, as --compile or torchrun wrap them
+            run.sums += train_step(
                 run.trained, run.optimisers, batch, lam, config, run.scaler, run.autocast
             )
             run.step += 1
