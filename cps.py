@@ -241,7 +241,7 @@ def overlapping_corners(rng, shape, patch, min_overlap):
         start = corner1[axis]
         choices = np.arange(max(0, start - reach), min(room[axis], start + reach) + 1)
         moved = choices[choices != start]
-        if np.array_equal(corner1, corner2) and len(moved):  # equal crops would be plain CPS
+        if overlap == 1 and len(moved):  # not moved yet; equal crops would be plain CPS
             choices = moved
         corner2[axis] = rng.choice(choices)
         overlap *= 1 - abs(corner2[axis] - start) / patch[axis]
@@ -333,7 +333,7 @@ class Patches(Dataset):
             b = 1 - a
             batch["crops_a"][i, 0] = images[a]
             batch["crops_b"][i, 0] = images[b]
-            batch["valid"][i] = targets[a] >= 0  # -1 on padding
+            batch["valid"][i] = targets[a] >= 0  # -1 on padding; on the overlap, b's is the same
             batch["overlaps"].append((slices[a], slices[b]))
         return batch
 
@@ -359,13 +359,13 @@ class Patches(Dataset):
         low = np.min(corners, axis=0)  # of the box around them
         size = np.max(corners, axis=0) + self.patch - low
         image = case.array("image")
-        label = np.broadcast_to(np.uint8(0), image.shape)  # zeros without memory; padding: -1
+        label = np.broadcast_to(np.uint8(0), image.shape)  # zeros, without memory
         if case.label:
             label = case.array("label")
 
         matrix = spatial_matrix(rng, case.spacing, self.config.spatial)
         image = warped_box(image, low, size, matrix, outside=np.float32(0))  # 0 is the mean
-        label = warped_box(label, low, size, matrix, outside=np.int16(-1))
+        label = warped_box(label, low, size, matrix, outside=np.int16(-1))  # on padding
         for axis, name in enumerate("xyz"):
             if name in self.config.mirror and rng.random() < 0.5:
                 image = np.flip(image, axis)
@@ -385,7 +385,7 @@ class Patches(Dataset):
 # --------------------------------------------------------------------------------------------------
 class Norm(nn.GroupNorm):
     """Instance norm with a weight and a bias for each channel [nnU-Net]. A group norm of groups of
-    one channel is the same, and faster on a CPU; on a GPU autocast would make that one fp32."""
+    one channel is the same, and faster on a CPU; on a GPU autocast would run it in fp32."""
 
     def __init__(self, channels):
         super().__init__(channels, channels)
@@ -595,14 +595,15 @@ def sliding_window(
     sums = window_sums(networks, volume, patch, num_classes, overlap, device, host_bytes)
     for z, plane in enumerate(sums):  # (K, X, Y)
         # The argmax needs no division by the sum of the weights: all classes of a voxel share it.
-        # Interpolation does, as voxels differ in it; softmax sums to 1, so it is plane.sum(0).
+        # Interpolation does, as neighbours have different sums. Each softmax sums to 1, so the sum
+        # of the weights is plane.sum(0).
         if result.shape != volume.shape:
             plane = plane / plane.sum(0)
             plane = F.interpolate(plane[None], result.shape[:2], mode="bilinear")[0]
         if z == 0:
             before = plane
         for i, place in enumerate(position):
-            if z - 1 < place <= z:  # between the plane before and this one
+            if z - 1 < place <= z:  # after the plane before; at this one, if the grids are equal
                 mixed = torch.lerp(before, plane, float(place) - (z - 1))
                 result[:, :, i] = mixed.argmax(0).byte().cpu()
         before = plane
@@ -616,7 +617,7 @@ def window_sums(networks, volume, patch, num_classes, overlap, device, host_byte
     Windows that begin in the same slice are visited together. Then all slices are finished that
     lie before the next windows: they are given away, and never exist all at once.
     """
-    size_x, size_y, _ = volume.shape
+    size_x, size_y, size_z = volume.shape
     missing = np.maximum(patch - volume.shape, 0)
     if missing.any():  # a smaller volume is padded at its end
         volume = np.pad(volume, [(0, size) for size in missing])
@@ -643,11 +644,11 @@ def window_sums(networks, volume, patch, num_classes, overlap, device, host_byte
         for i in range(0, len(boxes), at_once):
             some = boxes[i : i + at_once]
             windows = torch.stack([ahead[box] for box in some])[:, None].float()
-            windows = windows.expand(at_once, 1, *patch)  # an odd one twice; its copy is dropped
+            windows = windows.expand(at_once, 1, *patch)  # an odd last one twice; zip drops it
             add_windows(slab, some, networks, windows, weight)
 
         done = next_z - z
-        for i in range(done):
+        for i in range(min(done, size_z - z)):  # without padding
             yield slab[:, :size_x, :size_y, i].clone()
         left = patch[2] - done
         for sums in slab:  # moves on; class by class, as a copy of all is large
@@ -665,8 +666,8 @@ def add_windows(slab, boxes, networks, windows, weight):
 
 
 def gaussian(patch):
-    """Weights (x, y, z) of the voxels of a window, whose centre knows most of its surroundings: 1
-    there, a standard deviation of an eighth of the patch, at least 0.001 [nnU-Net]."""
+    """Weights (x, y, z) of the voxels of a window: a Gaussian, 1 at the centre, which sees most of
+    its surroundings; its sd is an eighth of the patch; never below 0.001 [nnU-Net]."""
     curves = []
     for size in patch:
         offset = (np.arange(size) - (size - 1) / 2) / (size / 8)  # in standard deviations
