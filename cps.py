@@ -180,7 +180,8 @@ def dice_ce_loss(logits, target, ignore_index=-1, dice=True):
 
     # Soft Dice: for each patch and class apart, so that no patch depends on its neighbours.
     prob = log_prob.exp() * valid  # (B, K, V)
-    one_hot = torch.zeros_like(prob).scatter(1, target, 1.0) * valid
+    one_hot = torch.zeros_like(prob)
+    one_hot.scatter_(1, target, valid.to(prob.dtype))  # 1 at the target, 0 where it is ignored
     prob = prob[:, 1:]  # (B, K-1, V), without background
     one_hot = one_hot[:, 1:]
     overlap = (prob * one_hot).sum(2)  # (B, K-1)
@@ -288,8 +289,10 @@ class Patches(Dataset):
         self.config = config
         self.patch = np.array(config.patch)
         self.split = split  # {"labelled": cases, "unlabelled": cases, ...} of section 8
-        self.class_of = np.full(257, -1, np.int16)  # of a label id; the last, [-1], is padding's
-        self.class_of[[0, *ids]] = range(len(ids) + 1)
+        # Of a label id, 0 to 255. Padding is -1: its entry, [-1], is the last one, and stays -1.
+        self.class_of = np.full(257, -1, np.int16)
+        for number, label in enumerate((0, *ids)):
+            self.class_of[label] = number
         self.rank = rank  # number of this process
 
     def __getitem__(self, step):
@@ -449,15 +452,15 @@ def make_pair(config, num_classes):
     """Networks A and B: one structure [paper], two random draws of the weights, biases 0 [ours]."""
     draws = {"he": nn.init.kaiming_normal_, "xavier": nn.init.xavier_normal_}
     networks = []
-    for number, name in enumerate(("he", config.init_b)):
+    for number, init in enumerate(("he", config.init_b)):
         with torch.random.fork_rng(devices=[]):  # leaves the caller's generator alone
             # Of one seed, A and B would begin as one network: nothing to learn from each other.
             torch.manual_seed(2 * config.seed + number)
             network = UNet3D(num_classes, config.base_channels, config.levels)
-            for path, parameter in network.named_parameters():
+            for name, parameter in network.named_parameters():
                 if parameter.ndim == 5:  # a convolution; the norms begin as 1 and 0
-                    draws[name](parameter)
-                elif path.endswith("bias"):
+                    draws[init](parameter)
+                elif name.endswith("bias"):
                     nn.init.zeros_(parameter)
         networks.append(network)
     return networks
@@ -487,7 +490,7 @@ def train_step(networks, optimisers, batch, lam, config, scaler, autocast):
 
     # On the overlap of its crops, a pair learns from each other. Means over the pairs.
     cps = sup.new_zeros(())  # L_cps; stays 0 for `supervised`
-    signs = sup.new_zeros(3)  # the two of `agreement`, and the overlap as a share of a crop
+    watched = sup.new_zeros(3)  # the two of `agreement`, and the overlap as a share of a crop
     with_dice = config.pseudo_loss == "dice_ce"
     for i, (slices_a, slices_b) in enumerate(batch["overlaps"]):
         overlap_a = crops_a[i : i + 1][(..., *slices_a)]  # (1, K, x, y, z)
@@ -497,10 +500,10 @@ def train_step(networks, optimisers, batch, lam, config, scaler, autocast):
 
         equal, foreground = agreement(overlap_a, overlap_b, valid)
         share = sup.new_tensor(valid.numel() / math.prod(config.patch))
-        signs = signs + torch.stack((equal, foreground, share)) / len(crops_a)
+        watched = watched + torch.stack((equal, foreground, share)) / len(crops_a)
 
     loss = sup + lam * cps  # L
-    scale = scaler.get_scale()  # of fp16 gradients; 1 elsewhere
+    scale = scaler.get_scale()  # of fp16 gradients, where a step waits for the GPU; 1 elsewhere
     scaler.scale(loss).backward()  # one backward for both networks: no graph connects them
     for network, optimiser in zip(networks, optimisers):
         scaler.unscale_(optimiser)  # the norm is of true gradients
@@ -509,7 +512,7 @@ def train_step(networks, optimisers, batch, lam, config, scaler, autocast):
         optimiser.zero_grad(set_to_none=True)
     scaler.update()
 
-    row = torch.stack((sup, cps, *signs, torch.ones_like(sup))).detach()
+    row = torch.stack((sup, cps, *watched, torch.ones_like(sup))).detach()
     if scaler.get_scale() < scale:  # fp16 overflowed, so that A or B made no step: not counted
         row = torch.zeros_like(row)
     return row
@@ -666,8 +669,8 @@ def add_windows(slab, boxes, networks, windows, weight):
 
 
 def gaussian(patch):
-    """Weights (x, y, z) of the voxels of a window: a Gaussian, 1 at the centre, which sees most of
-    its surroundings; its sd is an eighth of the patch; never below 0.001 [nnU-Net]."""
+    """Weights (x, y, z) of the voxels of a window: a Gaussian, about 1 at the centre, which sees
+    most of its surroundings; its sd is an eighth of the patch; never below 0.001 [nnU-Net]."""
     curves = []
     for size in patch:
         offset = (np.arange(size) - (size - 1) / 2) / (size / 8)  # in standard deviations
@@ -854,9 +857,9 @@ def split_cases(config):
     if config.split:
         parts = read_split(config.split, cases)
         if config.labelled:  # the first ones keep their labels
-            count = len(parts["labelled"])
-            few = f"--labelled {config.labelled}: {config.split} has {count}; give fewer"
-            need(config.labelled <= count, few)
+            given = len(parts["labelled"])
+            few = f"--labelled {config.labelled}: {config.split} has {given}; give fewer"
+            need(config.labelled <= given, few)
             parts["unlabelled"] += parts["labelled"][config.labelled :]
             parts["labelled"] = parts["labelled"][: config.labelled]
     else:
