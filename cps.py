@@ -169,7 +169,7 @@ def dice_ce_loss(logits, target, ignore_index=-1, dice=True):
     """
     target = target.flatten(1)[:, None]  # (B, 1, V), V voxels of a patch
     valid = target != ignore_index  # (B, 1, V)
-    target = target.masked_fill(~valid, 0)  # where it is ignored, any class will do
+    target = target.masked_fill(~valid, 0)  # background, which counts in no Dice
     log_prob = logits.flatten(2).float().log_softmax(1)  # (B, K, V), never in half precision
 
     # Cross-entropy: the mean over the voxels of a patch that are not ignored.
@@ -181,7 +181,7 @@ def dice_ce_loss(logits, target, ignore_index=-1, dice=True):
     # Soft Dice: for each patch and class apart, so that no patch depends on its neighbours.
     prob = log_prob.exp() * valid  # (B, K, V)
     one_hot = torch.zeros_like(prob)
-    one_hot.scatter_(1, target, valid.to(prob.dtype))  # 1 at the target, 0 where it is ignored
+    one_hot.scatter_(1, target, 1.0)
     prob = prob[:, 1:]  # (B, K-1, V), without background
     one_hot = one_hot[:, 1:]
     overlap = (prob * one_hot).sum(2)  # (B, K-1)

@@ -451,6 +451,10 @@ def test_a_phantom_that_is_there_is_not_built_again(monkeypatch, tmp_path):
     monkeypatch.setattr(cps, "phantom_volume", lambda rng: (np.ones((2, 2, 2)),) * 2)
     cps.make_phantom(tmp_path)
     assert len(list(tmp_path.rglob("*.nii.gz"))) == 2 * 12 + 24 + 2 * 8
+    lost = tmp_path / "labelsTr" / "phantomTr03.nii.gz"
+    lost.unlink()
+    cps.make_phantom(tmp_path)
+    assert lost.exists()
     monkeypatch.setattr(cps, "phantom_volume", None)
     cps.make_phantom(tmp_path)
 
@@ -589,6 +593,15 @@ def test_trap_03_both_crops_agree_on_the_overlap():
         one, two = (crop[s] for crop, s in zip(crops, cps.overlap_slices(*corners, patch)))
         assert np.array_equal(one, two) and one.size == round(share * np.prod(patch))
     assert (moved > 100).all()  # on all axes
+
+
+def test_one_axis_must_move_and_the_others_may_stay():
+    rng = np.random.default_rng(0)
+    moved = []
+    for _ in range(300):
+        corner1, corner2 = cps.overlapping_corners(rng, (40, 40, 40), (8, 8, 8), 0.3)
+        moved.append(np.count_nonzero(corner1 != corner2))
+    assert set(moved) == {1, 2, 3}
 
 
 def test_patches_apart_have_no_overlap():
