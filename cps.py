@@ -578,15 +578,15 @@ def train(config):
 # --------------------------------------------------------------------------------------------------
 @torch.inference_mode()
 def sliding_window(
-    networks, volume, patch, num_classes, overlap=0.5, device="cpu", shape=None, host_bytes=2**29
+    networks, volume, patch, num_classes, overlap=0.5, device="cpu", shape=None, slab_bytes=2**29
 ):
     """Segment a preprocessed volume, float (X, Y, Z), of any size: classes, uint8 (X, Y, Z).
 
     A voxel gets the class of the largest mean softmax, over the windows around it (weighted by a
     Gaussian) and the networks. shape: size of the result, where it differs: probabilities are
     interpolated to it, and the outer edges of both grids coincide. Of the (K, X, Y, Z) sums only a
-    slab exists, so that they do not grow with the length of the scan; on the host if it is larger
-    than `host_bytes` [ours: FLARE allows a card 2048 MiB].
+    slab exists, so that they do not grow with the length of the scan; one larger than `slab_bytes`
+    lies on the host [ours: FLARE allows a card 2048 MiB].
     """
     patch = np.asarray(patch)
     result = np.zeros(shape or volume.shape, np.uint8)
@@ -595,7 +595,7 @@ def sliding_window(
     position = (np.arange(result.shape[2]) + 0.5) * depth / result.shape[2] - 0.5
     position = position.clip(0, depth - 1)
 
-    sums = window_sums(networks, volume, patch, num_classes, overlap, device, host_bytes)
+    sums = window_sums(networks, volume, patch, num_classes, overlap, device, slab_bytes)
     for z, plane in enumerate(sums):  # (K, X, Y)
         # The argmax needs no division by the sum of the weights: all classes of a voxel share it.
         # Interpolation does, as neighbours have different sums. Each softmax sums to 1, so the sum
@@ -613,7 +613,7 @@ def sliding_window(
     return result
 
 
-def window_sums(networks, volume, patch, num_classes, overlap, device, host_bytes):
+def window_sums(networks, volume, patch, num_classes, overlap, device, slab_bytes):
     """Yield, slice by slice along z, the sums of softmax x Gaussian over all windows: float32
     (K, X, Y).
 
@@ -637,10 +637,10 @@ def window_sums(networks, volume, patch, num_classes, overlap, device, host_byte
     boxes = [box_at((x, y, 0), patch) for x, y in itertools.product(starts_x, starts_y)]
 
     shape = (num_classes, *volume.shape[:2], patch[2])
-    large = 4 * math.prod(shape) > host_bytes  # float32
+    large = 4 * math.prod(shape) > slab_bytes  # float32
     slab = torch.zeros(shape, device="cpu" if large else device)  # (K, X, Y, z)
     weight = gaussian(patch).to(device)
-    at_once = 1 if scan.is_cuda else 2  # on a CPU two are faster than one alone [measured]
+    at_once = 1 if scan.is_cuda else 2  # on a CPU, one small one takes 6 times as long [measured]
 
     for z, next_z in itertools.pairwise([*starts_z, volume.shape[2]]):
         ahead = scan[:, :, z:]  # boxes count from here, as the slab does
@@ -2545,7 +2545,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see cps.py [COMMAND] --help")
 
 
-def number_or_word(text):
+def numeric(text):
     """A number; None for the words that stand for an empty tuple."""
     if text in ("auto", "native"):
         return None
@@ -2589,7 +2589,7 @@ def add_flag(group, parameter, text):
         options["nargs"] = "+"
         options["type"] = get_args(kind)[0]
         if options["type"] is float:
-            options["type"] = number_or_word
+            options["type"] = numeric
     else:
         options["type"] = kind
     group.add_argument(f"--{flag(parameter.name)}", **options)

@@ -1148,7 +1148,7 @@ def test_trap_14_sliding_window_of_the_identity_is_the_volume(shape, patch, over
     volume = np.random.default_rng(0).integers(0, 5, shape).astype(np.float16)
     got = cps.sliding_window([identity], volume, patch, 5, overlap=overlap)
     assert np.array_equal(got, volume)
-    again = cps.sliding_window([identity], volume, patch, 5, overlap=overlap, host_bytes=0)
+    again = cps.sliding_window([identity], volume, patch, 5, overlap=overlap, slab_bytes=0)
     assert np.array_equal(again, volume)
 
 
