@@ -130,7 +130,7 @@ class Config:
     validate_epochs: int = 10  # validate every so many epochs, and after the last [ours]
 
     # machine
-    out: str = ""  # run folder; none: runs/DATA-METHOD
+    out: str = ""  # run folder; none: runs/DATA-METHOD, or runs/DATA-ablate
     resume: bool = False  # go on with the run in --out, or begin it
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU if there is one
     amp: bool = True  # mixed precision on a GPU: bf16, or fp16 if it has no bf16
@@ -454,7 +454,7 @@ def make_pair(config, num_classes):
     networks = []
     for number, init in enumerate(("he", config.init_b)):
         with torch.random.fork_rng(devices=[]):  # leaves the caller's generator alone
-            # Of one seed, A and B would begin as one network: nothing to learn from each other.
+            # Of one seed, A and B would begin as one network: only their crops would differ.
             torch.manual_seed(2 * config.seed + number)
             network = UNet3D(num_classes, config.base_channels, config.levels)
             for name, parameter in network.named_parameters():
@@ -471,8 +471,9 @@ def make_pair(config, num_classes):
 def train_step(networks, optimisers, batch, lam, config, scaler, autocast):
     """The heart: one optimiser step of A and of B on a batch of `Patches`.
 
-    Returns float (6,), on the device, so that nothing waits for a GPU: L_sup(A) + L_sup(B), L_cps,
-    the two of `agreement`, the mean overlap as a share of a crop, and 1 for a step that counts.
+    Returns float (6,), on the device, as to read it would wait for a GPU: L_sup(A) + L_sup(B),
+    L_cps, the two of `agreement`, the mean overlap as a share of a crop, and 1 for a step that
+    counts.
     """
     network_a, network_b = networks
     target = batch["target"].long()  # (B, x, y, z)
@@ -598,8 +599,8 @@ def sliding_window(
     sums = window_sums(networks, volume, patch, num_classes, overlap, device, slab_bytes)
     for z, plane in enumerate(sums):  # (K, X, Y)
         # The argmax needs no division by the sum of the weights: all classes of a voxel share it.
-        # Interpolation does, as neighbours have different sums. Each softmax sums to 1, so the sum
-        # of the weights is plane.sum(0).
+        # Interpolation does, as neighbours have different sums. Each softmax sums to 1, so all
+        # classes together, plane.sum(0), are the sum of the weights, for each network.
         if result.shape != volume.shape:
             plane = plane / plane.sum(0)
             plane = F.interpolate(plane[None], result.shape[:2], mode="bilinear")[0]
@@ -1077,7 +1078,7 @@ def cache_prefix(case, config):
 
 
 def prepare_case(case, config):
-    """The case with its arrays in the cache, made only where they are missing, damaged or stale."""
+    """The case with its arrays in the cache, made only where they are missing, cut or stale."""
     case = dataclasses.replace(case, prepared=cache_prefix(case, config))
     try:
         case.facts = json.loads(Path(f"{case.prepared}.facts.json").read_text("utf-8"))
@@ -1204,7 +1205,8 @@ def prepare(split, config):
 
 
 def refuse_twins(split):
-    """Refuse a scan that is there twice: on both sides of a split it would be a leak."""
+    """Refuse a scan that is there twice: on both sides of a split it would be a leak. Of two
+    unlabelled ones, only warn."""
     seen = {}
     for part, cases in split.items():
         for case in cases:
@@ -1535,7 +1537,7 @@ BODY = (  # no label; centre and radii in % of half the width, HU
 ORGANS = (  # labels 1 to 5
     ((42, 16, 42), (42, 50, 50), 110),  # liver
     ((-58, -14, 42), (26, 34, 42), 130),  # spleen
-    ((40, -34, -50), (24, 24, 40), 170),  # right kidney: only its place tells it from the left one
+    ((40, -34, -50), (24, 24, 40), 170),  # right kidney: only its place tells which one it is
     ((-40, -34, -50), (24, 24, 40), 170),  # left kidney
     ((0, -20, 0), (14, 14, 300), 195),  # aorta
 )
@@ -1603,7 +1605,7 @@ PROCESSES = int(os.environ["WORLD_SIZE"]) if "LOCAL_RANK" in os.environ else 1
 
 
 class Run:
-    """All that changes while training, which is all that a checkpoint holds."""
+    """A training: all that changes in it, and what a checkpoint holds."""
 
     def __init__(self, config, ids, one_piece):
         self.config = config
@@ -1691,7 +1693,8 @@ class Run:
         )
         first = self.step
         start = time.monotonic()
-        self.since = start  # of the row of the log that is to come
+        self.row_step = first  # where the next row of the log begins: in mid-epoch, if resumed
+        self.row_start = start
         for batch in loader:
             for key, value in batch.items():
                 if key != "overlaps":
@@ -1713,13 +1716,14 @@ class Run:
         self.need_finite()
         *sums, count = self.sums.tolist()  # waits for a GPU
         need(count, f"{self.config.out}: no step of this epoch had a finite loss; use --no-amp")
-        skipped = self.config.epoch_steps * PROCESSES - count
+        skipped = self.config.epoch_steps - count / PROCESSES  # the gradients of all are one
         means = [value / count for value in sums]
         if self.config.method == "supervised":
             means[1:] = [nan] * (len(means) - 1)
         now = time.monotonic()
-        seconds = (now - self.since) / self.config.epoch_steps
-        self.since = now
+        seconds = (now - self.row_start) / (self.step - self.row_step)
+        self.row_step = self.step
+        self.row_start = now
         self.rows.append((self.step, lr, lam, *means, score, seconds))
         self.sums.zero_()
         if RANK:
@@ -2059,7 +2063,7 @@ def predict(
 ):
     """Segment a scan, or the scans of a folder.
 
-    Returns the exit code: 1 if some could not be.
+    Returns the exit code: 1 if some could not be, 2 if none could.
     """
     run = Run.load(checkpoint, device=device)
     scans = list_scans(images, images=True)
@@ -2122,7 +2126,8 @@ def info(
 ):
     """Print what the paper's tables ask for: protocol, parameters, FLOPs, memory of a step.
 
-    All is counted, nothing timed; memory is that of a GPU with mixed precision, unless --no-amp.
+    All is counted, nothing timed; memory is that of a GPU with mixed precision, unless
+    --no-amp or --device cpu.
     """
     need(2 <= classes <= 256, f"--classes {classes}: must be 2 to 256, with background")
     for name, value in vars(config).items():
@@ -2309,6 +2314,8 @@ def gain_text(gain):
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
 LABEL_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#CC79A7")
+LABEL_COLOURS += ("#734F00", "#2B5A74", "#004F39", "#787221", "#003959", "#663C53")  # darker
+LABEL_COLOURS += ("#F3CF80", "#ABDAF4", "#80CFB9", "#F8F2A1", "#80B9D9", "#E6BCD3")  # lighter
 DIFFER = "#D55E00"  # where A and B do
 
 
@@ -2340,17 +2347,21 @@ def draw_method(row, run, case):
         box = box_at(corner, patch)
         says[i][box] = segment(run, image[box], networks="ab"[i], largest=False)
     both = np.where(says[0] == says[1], says[0], -1)
-    both[says.min(0) == -2] = 0  # not in the overlap
-    z = np.count_nonzero(both, (0, 1)).argmax()  # of most foreground
+    overlap = says.min(0) > -2
+    both[~overlap] = 0
+    foreground = np.count_nonzero(both, (0, 1))
+    z = (foreground + overlap.any((0, 1))).argmax()  # of most foreground, or any of the overlap
 
     titles = (f"crops, {case.name[:12]}", "A on its crop", "B on its crop", "agree, differ")
     axes = draw(row, run, case, z, titles, (0 * both, *says, both))
     for ax in axes:
         for name, corner, colour in zip("AB", corners, ("cyan", "yellow")):
             frame = Rectangle(corner[:2] - 0.5, *patch[:2], fill=False, ec=colour, label=name)
+            frame.set_clip_on(False)  # a crop may end where the panel does
             ax.add_patch(frame)
-    legend = axes[0].get_legend_handles_labels()
-    row.legend(*legend, title="-1: differ", loc="outside right center")
+    handles, names = axes[0].get_legend_handles_labels()
+    columns = math.ceil(len(names) / 10)
+    row.legend(handles, names, title="-1: differ", loc="outside right center", ncols=columns)
 
 
 def draw_log(row, rows):
@@ -2388,7 +2399,7 @@ def draw(row, run, case, z, titles, volumes):
         labels = volume[:, :, z].T
         overlay = np.zeros((*image.shape, 4))
         for label, colour in colours.items():
-            overlay[labels == label] = to_rgba(colour, 0.7)
+            overlay[labels == label] = to_rgba(colour, 0.85)
             ax.scatter([], [], color=colour, label=label)  # for the legend
         ax.imshow(image, "gray", aspect=aspect)
         ax.imshow(overlay, aspect=aspect)
@@ -2620,13 +2631,17 @@ def config_from(command, data=None, preset=None, **given):
     need(data or not given.get("unlabelled"), "--unlabelled: took all folders; put DATA before it")
     if preset is None:
         preset = "paper" if data or command == "info" else "quick"
-    if data is None and command != "info":
+    phantom = data is None and command != "info"
+    if phantom:
         data = "runs/phantom"
-        make_phantom(data)
         given = {"val": 4.0} | given
     what = given.get("method", "context") if command == "train" else command
     out = f"runs/{Path(data or '').resolve().name}-{what}"
-    return Config(**PRESETS[preset] | {"data": data or "", "preset": preset, "out": out} | given)
+    config = Config(**PRESETS[preset] | {"data": data or "", "preset": preset, "out": out} | given)
+    if phantom and RANK == 0:
+        make_phantom(data)
+    barrier()
+    return config
 
 
 def run_command(argv):
@@ -2648,7 +2663,7 @@ def main(argv=None):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # names of files, on any terminal
-    if "LOCAL_RANK" in os.environ:  # torchrun: the first process alone speaks
+    if "LOCAL_RANK" in os.environ:  # torchrun: the first process speaks; of errors, each
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         distributed.init_process_group(timeout=timedelta(days=1))  # the first one prepares

@@ -24,6 +24,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import types
 from contextlib import closing, nullcontext, suppress
 
 import nibabel as nib
@@ -445,18 +446,6 @@ def test_trap_14_training_on_a_gpu_with_mixed_precision(amp):
 def test_a_word_that_is_no_choice_is_refused_from_python_too(name):
     with pytest.raises(cps.UserError, match=f"--{cps.flag(name)} supervized: must be one of"):
         cps.Config(**{name: "supervized"})
-
-
-def test_a_phantom_that_is_there_is_not_built_again(monkeypatch, tmp_path):
-    monkeypatch.setattr(cps, "phantom_volume", lambda rng: (np.ones((2, 2, 2)),) * 2)
-    cps.make_phantom(tmp_path)
-    assert len(list(tmp_path.rglob("*.nii.gz"))) == 2 * 12 + 24 + 2 * 8
-    lost = tmp_path / "labelsTr" / "phantomTr03.nii.gz"
-    lost.unlink()
-    cps.make_phantom(tmp_path)
-    assert lost.exists()
-    monkeypatch.setattr(cps, "phantom_volume", None)
-    cps.make_phantom(tmp_path)
 
 
 def test_a_whole_number_will_do_for_a_float():
@@ -1014,9 +1003,30 @@ def test_the_log_is_a_mean_over_the_steps_that_count(monkeypatch, uncounted, cap
     assert "1 steps overflowed" in capsys.readouterr().out
 
 
+def test_a_step_that_two_processes_skip_is_one_step(monkeypatch, capsys):
+    monkeypatch.setattr(cps, "PROCESSES", 2)
+    run = cps.Run(cps.Config(**TINY), IDS, [])
+    run.row_step = run.row_start = 0.0
+    run.step = run.config.epoch_steps
+    run.sums[:] = 2 * (run.step - 1)  # all but one, in both processes
+    run.log(0.1, 1.0, 0.5)
+    assert "\n1 steps overflowed" in capsys.readouterr().out
+
+
+def test_the_seconds_of_a_row_are_those_of_the_steps_made_here(monkeypatch):
+    run = cps.Run(cps.Config(**TINY), IDS, [])
+    run.row_step = 8  # resumed there, in mid-epoch
+    run.row_start = 100.0
+    for run.step, now in ((10, 106.0), (20, 126.0)):
+        monkeypatch.setattr(cps.time, "monotonic", lambda now=now: now)
+        run.sums += 1
+        run.log(0.1, 1.0, 0.5)
+    assert [row[-1] for row in run.rows] == [3.0, 2.0]
+
+
 def test_the_log_prints_large_steps_whole(capsys):
     run = cps.Run(cps.Config(**TINY), IDS, [])
-    run.since = 0.0
+    run.row_step = run.row_start = 0.0
     run.step = 249_750
     run.sums += 1
     run.log(0.1, 1.0, 0.5)
@@ -1570,7 +1580,7 @@ def test_names_of_cases(images, labels, cases):
 @pytest.mark.parametrize(
     "images, labels, word",
     [
-        ("a_0000.nii a_0001.nii", "a.nii", "a"),  # two channels
+        ("a_0000.nii a_0001.nii", "a.nii", "have channels"),
         ("a_0000.nii a_0001.nii b_0000.nii b_0001.nii", "", "channel"),
         ("a.nii a.nii.gz", "", "a.nii"),  # two files of a case
         ("a.nii.gz a.NII.GZ", "", "a."),
@@ -1590,11 +1600,12 @@ def test_predict_and_evaluate_keep_ids_that_end_like_channels(trained):
         write(f"scans/{name}.nii.gz", phantom(7 + len(os.listdir(".")))[0])
     assert cps.main(["predict", f"{trained}/native/best.pt", "scans", "out"]) == 0
     assert {*os.listdir("out")} == {"scan_0000.nii.gz", "scan_0002.nii.gz"}
-    for name in ("scan_0000", "scan_0001"):  # two cases, no channels
+    names = {"scan_0000", "scan_0001", "t_0000", "t_0001"}  # four cases, no channels
+    for name in names:
         write(f"p/{name}.nii", phantom(0)[1])
         write(f"r/{name}.NII.GZ", phantom(0)[1])
     assert cps.main(["evaluate", "p", "r", "--csv", "s.csv"]) == 0
-    assert {row["case"] for row in table_of("s.csv")} == {"scan_0000", "scan_0001"}
+    assert {row["case"] for row in table_of("s.csv")} == names
     assert {row["dice"] for row in table_of("s.csv")} == {"1.0"}
 
 
@@ -2315,6 +2326,32 @@ def test_tables_count_the_cases_that_hold_a_label(capsys):
     assert scores[5][:2] == (1, 1)
     assert scores[5].held is False
     assert math.isnan(scores[5].hd95)
+
+
+# 11. Phantom
+# --------------------------------------------------------------------------------------------------
+def test_a_phantom_that_is_there_is_not_built_again(monkeypatch, tmp_path):
+    monkeypatch.setattr(cps, "phantom_volume", lambda rng: (np.ones((2, 2, 2)),) * 2)
+    cps.make_phantom(tmp_path)
+    assert len(list(tmp_path.rglob("*.nii.gz"))) == 2 * 12 + 24 + 2 * 8
+    lost = tmp_path / "labelsTr" / "phantomTr03.nii.gz"
+    lost.unlink()
+    cps.make_phantom(tmp_path)
+    assert lost.exists()
+    monkeypatch.setattr(cps, "phantom_volume", None)
+    cps.make_phantom(tmp_path)
+
+
+def test_the_phantom_is_built_after_the_settings_are_checked_and_once(monkeypatch):
+    assert cps.main(["train", "--lr", "-1"]) == 2
+    assert not os.listdir(".")
+    monkeypatch.setattr(cps, "RANK", 1)  # of torchrun: another process builds it
+    assert cps.config_from("train").data == "runs/phantom"
+    assert not os.listdir(".")
+    monkeypatch.setattr(cps, "RANK", 0)
+    monkeypatch.setattr(cps, "phantom_volume", lambda rng: (np.ones((2, 2, 2)),) * 2)
+    cps.config_from("train")
+    assert len(list(pathlib.Path("runs/phantom").rglob("*.nii.gz"))) == 2 * 12 + 24 + 2 * 8
 
 
 # 12. Runs
@@ -3354,6 +3391,30 @@ def test_figure_explains_the_method(page):
     assert [frame.get_label() for frame in whole.patches] == ["A", "B"]
     (legend,) = page.subfigs[0].legends
     assert [text.get_text() for text in legend.get_texts()] == ["-1", *map(str, IDS), "A", "B"]
+
+
+def test_thirteen_organs_have_colours_of_their_own():
+    assert len({cps.DIFFER, *cps.LABEL_COLOURS}) == 1 + 18
+
+
+def test_the_method_is_drawn_where_the_crops_overlap(monkeypatch):
+    """Also where no network finds anything: not on a slice outside of both crops."""
+    monkeypatch.delitem(sys.modules, "matplotlib.figure")
+    figure = pytest.importorskip("matplotlib.figure")
+    seen = []
+    monkeypatch.setattr(cps, "segment", lambda run, volume, **_: np.zeros(volume.shape, np.uint8))
+    draw = cps.draw
+    monkeypatch.setattr(cps, "draw", lambda *args: [seen.append(args[3]), draw(*args)][1])
+    run = cps.Run(cps.Config(**TINY), IDS, [])
+    image = np.zeros((PATCH[0] + 4, PATCH[1] + 4, 3 * PATCH[2]), np.float32)
+    case = types.SimpleNamespace(name="c", spacing=MM, array=lambda part: image)
+    cps.draw_method(figure.Figure(), run, case)
+    rng = np.random.default_rng(0)
+    corners = cps.overlapping_corners(rng, image.shape, PATCH, run.config.min_overlap)
+    low = max(corner[2] for corner in corners)
+    high = min(corner[2] for corner in corners) + PATCH[2]
+    assert low > 0  # else slice 0 would do
+    assert low <= seen[0] < high
 
 
 def torchrun(script, *argv):
