@@ -2036,6 +2036,9 @@ def report(run):
     kwh = hours * watts / 1000
     cost = f"{kwh:.2g} kWh (time x {watts} W), {kwh * CARBON:.2g} kg CO2 eq (kWh x {CARBON})"
     print(f"cost       {hours * 60:.1f} minutes, {cost}")
+    if run.device.type == "cuda":
+        gib = torch.cuda.max_memory_allocated(run.device) / 2**30  # after the first step
+        print(f"memory     {gib:.2f} GiB at most on the GPU, the test included")
     images = Path(config.data) / "imagesTs"
     if not images.exists():
         images = Path(config.data) / "imagesTr"
@@ -2357,7 +2360,7 @@ def draw_method(row, run, case):
     for ax in axes:
         for name, corner, colour in zip("AB", corners, ("cyan", "yellow")):
             frame = Rectangle(corner[:2] - 0.5, *patch[:2], fill=False, ec=colour, label=name)
-            frame.set_clip_on(False)  # a crop may end where the panel does
+            frame.set(clip_on=False, zorder=3)  # a crop may end where the panel does
             ax.add_patch(frame)
     handles, names = axes[0].get_legend_handles_labels()
     columns = math.ceil(len(names) / 10)

@@ -432,9 +432,10 @@ def test_default_command_needs_no_data():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("amp", [True, False])
-def test_trap_14_training_on_a_gpu_with_mixed_precision(amp):
+def test_trap_14_training_on_a_gpu_with_mixed_precision(amp, capsys):
     make_data()
     assert train("--amp" if amp else "--no-amp", device="cuda", workers=1) == 0
+    assert "GiB at most on the GPU" in capsys.readouterr().out
     rows = table_of("run/log.csv")
     assert len(rows) == 2
     assert all(np.isfinite(float(row["loss_cps"])) for row in rows)
