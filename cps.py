@@ -796,7 +796,7 @@ def list_scans(path, images=False, ids=()):
     need(path.exists(), f"{path}: does not exist; check the path")
     files = {}
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        match = re.fullmatch(r"([^.].*?)\.nii(\.gz)?", file.name, re.IGNORECASE)
+        match = re.fullmatch(r"(?is)([^.].*?)\.nii(\.gz)?", file.name)
         if match:
             files[file] = match[1]
     need(files, f"{path}: no .nii or .nii.gz file here; give a scan or a folder of scans")
@@ -826,7 +826,7 @@ def list_cases(images, labels=None):
         label_files = list_scans(labels)
     image_files = list_scans(images, images=True, ids=label_files)
     lost = sorted(label_files.keys() - image_files.keys())
-    need(not lost, f"{images}: add images {lost[:5]}, which have a label")
+    need(not lost, f"{images}: add images {lost[:5]}, which have a label, or mend their names")
     return [Case(name, file, label_files.get(name)) for name, file in image_files.items()]
 
 
@@ -853,7 +853,8 @@ def split_cases(config):
                 folder = folder.resolve()
             case.name = "-".join((*folder.parts[-2:], case.name))
         twin = cases.setdefault(case.name, case)
-        need(twin is case, f"{case.image}: of the same name as {twin.image}; rename its folder")
+        remedy = "rename its folder, or name it once"
+        need(twin is case, f"{case.image}: of the same name as {twin.image}; {remedy}")
 
     if config.split:
         parts = read_split(config.split, cases)
@@ -903,6 +904,7 @@ def read_split(path, cases):
     with blame(path, "is no split", "give a split.json of a run"):
         found = json.loads(Path(path).read_text("utf-8"))
         parts = {part: list(found.get(part, [])) for part in PARTS}
+        need(parts.keys() >= found.keys(), f"its parts are {[*found]}, known are {PARTS}")
         for part, names in parts.items():
             known = [name for name in cases if part == "unlabelled" or cases[name].label]
             unknown = sorted(set(names) - set(known))
@@ -1214,6 +1216,8 @@ def refuse_twins(split):
             twin_part, twin = seen.setdefault(voxels, (part, case))
             if twin is not case or part != twin_part:
                 sentence = f"{case.image}: has the same voxels as {twin.image}; remove one of them"
+                if case.image.samefile(twin.image):
+                    sentence = f"{case.image}: is named as {twin_part} and as {part}; name it once"
                 need(part == twin_part == "unlabelled", sentence)
                 warn(sentence)
 
@@ -1690,6 +1694,7 @@ class Run:
             num_workers=self.config.workers if gpu else 0,
             worker_init_fn=leave_signals_to_the_parent,
             pin_memory=gpu,
+            timeout=600 if gpu else 0,  # s; where shared memory is full, a batch never comes
         )
         first = self.step
         start = time.monotonic()
@@ -1752,11 +1757,12 @@ def open_run(config):
     last = Path(config.out) / "last.pt"
     fresh = not last.exists()
     need(RANK or config.resume or fresh, f"{config.out}: holds a run; --resume or other --out")
-    check_memory(config)
+    check_memory(config, 2)  # or more classes: they are not known yet
     barrier()  # the others write only after these checks
     split = prepare(split_cases(config), config)  # all is checked before anything is trained
     ids = label_ids(split)
     need(ids, f"{config.data}: all labels are empty; there is nothing to learn")
+    check_memory(config, len(ids) + 1)
 
     with locked(Path(config.out)):
         if fresh:
@@ -1805,11 +1811,11 @@ def label_ids(split):
 
 def one_piece(cases, ids):
     """The labels that lie in one piece: 99 % of each case's voxels in the largest component."""
-
-    def share(case, label):  # 1 where the case does not hold the label
-        return case.facts["labels"].get(str(label), 1.0)
-
-    return [label for label in ids if min(share(case, label) for case in cases) >= 0.99]
+    shares = {label: [] for label in ids}
+    for case in cases:
+        for label, share in case.facts["labels"].items():
+            shares[int(label)].append(share)
+    return [label for label in ids if min(shares[label], default=0) >= 0.99]
 
 
 def fingerprint(split):
@@ -1913,12 +1919,12 @@ def header(run):
     print(" ".join(f"{name:>10}" for name in LOG), "left", flush=True)
 
 
-def check_memory(config):
-    """Refuse a training of which a step cannot fit, by the count for two classes."""
+def check_memory(config, classes):
+    """Refuse a training of which a step cannot fit, by what is counted."""
     device = device_of(config)
     gpu = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if gpu else memory_bytes()
-    size = costs(config, 2, gpu)[3]
+    size = costs(config, classes, gpu)[3]
     sizes = f"a step takes {size / 2**30:.1f} GiB or more, and {free / 2**30:.1f} are free"
     fits = size < free or not config.check
     need(fits, f"--patch: {sizes}; use --preset quick, a smaller --patch or --batch, or --no-check")
@@ -2021,7 +2027,7 @@ def report(run):
     val = run.split["val"]
     part = "test" if run.split["test"] else "val"
     results = test_scores(best, run.split[part])
-    if val:
+    if np.isfinite(best.best):
         print(f"\nbest.pt    mean Dice {best.best:.4f} on the {len(val)} cases that chose it")
     if results:
         print(f"\n{len(results)} {part} cases\n{table(results)}\n")
@@ -2073,12 +2079,16 @@ def predict(
     out = Path(out)
     to_file = out.name.lower().endswith((".nii", ".nii.gz")) and not out.is_dir()
     need(not to_file or Path(images).is_file(), f"{out}: several scans want a folder, not a file")
+    need(not to_file or not out.exists(), f"{out}: exists; choose another file, or a folder")
+    references = out.name in ("labelsTr", "labelsTs")
+    need(not references, f"{out}: is for references, which would be lost; choose another folder")
 
     def one(name, path):
         target = out if to_file else out / f"{name}.nii.gz"
-        same = target.resolve() == path.resolve() or path.parent.resolve() == out.resolve()
-        need(not same, f"{path}: is in OUT_DIR; choose another")
+        need(path.parent.resolve() != out.resolve(), f"{path}: is in OUT_DIR; choose another")
         volume, spacing, scan = read_scan(path)
+        for sentence in doubts(volume, scan, run.config):
+            warn(f"{path}: {sentence}")
         image = preprocess(volume, spacing, run.config, path)
         write_like(segment(run, image, volume.shape, networks, largest), scan, target)
 
@@ -2240,6 +2250,7 @@ def ablate(
     arms = list(itertools.product(sorted(set(labelled)), ("supervised", "cps", "context")))
     arms.append((0, "supervised"))  # all labels
     config = dataclasses.replace(config, resume=True)
+    check_memory(config, 2)  # context-aware CPS takes the most
     if not split_cases(dataclasses.replace(config, method="supervised"))["test"]:
         config = dataclasses.replace(config, test=config.val)
 
@@ -2448,7 +2459,7 @@ def attempt(function, *args):
             sentence = f"{error.filename}: {error.strerror}; check the path and its rights"
     except (MemoryError, RuntimeError) as error:  # torch has no type of its own for these
         text = str(error)[:300]
-        if re.search(r"DataLoader worker \(pid|shared memory|shm", text):
+        if re.search(r"DataLoader (worker \(pid|timed out)|shared memory|shm", text):
             sentence = (
                 "--workers: a loader process died or shared memory ran out; lower --workers, or "
                 "raise the container's shared memory (docker run --shm-size 2g)"
@@ -2533,6 +2544,11 @@ def check_config(config):
         must(name, getattr(config, name) >= 1, "1 or more")
     for name in ("momentum", "min_overlap"):
         must(name, 0 < getattr(config, name) < 1, "between 0 and 1")
+    for name in ("val", "test"):
+        value = getattr(config, name)
+        must(name, value < 1 or value == int(value), "a share below 1, or a whole number")
+    must("spatial", config.spatial <= 1, "at most 1")
+    must("batch", config.batch <= 1024, "at most 1024")
     must("lr", config.lr > 0, "more than 0")
     must("levels", 1 <= config.levels <= 10, "1 to 10")
 
@@ -2556,7 +2572,7 @@ class Parser(argparse.ArgumentParser):
     """Its errors are sentences like all others."""
 
     def error(self, message):
-        raise UserError(f"{message}; see cps.py [COMMAND] --help")
+        raise UserError(f"{message}; paths come before flags; see cps.py [COMMAND] --help")
 
 
 def numeric(text):
@@ -2628,6 +2644,7 @@ def build_parser():
 
 def config_from(command, data=None, preset=None, **given):
     """Config of flags on top of a preset; without DATA that of the phantom."""
+    given = {name: value for name, value in given.items() if value != ""}
     for name, value in given.items():
         if isinstance(value, list):
             given[name] = tuple(item for item in value if item is not None)

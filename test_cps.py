@@ -24,6 +24,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 import types
 from contextlib import closing, nullcontext, suppress
 
@@ -1596,6 +1597,12 @@ def test_names_that_are_refused(images, labels, word):
         cps.list_cases(*make_names(images, labels))
 
 
+def test_a_name_of_two_lines_is_a_name(tmp_path):
+    path = tmp_path / "a\nb.nii"
+    path.touch()
+    assert cps.list_scans(tmp_path) == {"a\nb": path}
+
+
 def test_predict_and_evaluate_keep_ids_that_end_like_channels(trained):
     for name in ("scan_0000", "scan_0002"):
         write(f"scans/{name}.nii.gz", phantom(7 + len(os.listdir(".")))[0])
@@ -1798,6 +1805,24 @@ def test_a_split_with_fewer_labels_than_asked_for_is_refused(capsys):
     assert train(split="split.json", labelled=2) == 0
 
 
+def test_no_dice_is_told_of_val_cases_that_hold_no_label(capsys):
+    make_data()
+    write("data/labelsTr/c4.nii.gz", np.zeros(SHAPE, np.uint8))
+    parts = {"labelled": ["c1", "c2"], "unlabelled": ["c3"], "val": ["c4"], "test": ["c5"]}
+    pathlib.Path("split.json").write_text(json.dumps(parts))
+    assert train(split="split.json", labelled=0) == 0
+    assert "that chose it" not in capsys.readouterr().out
+    parts["val"] = ["c0"]
+    pathlib.Path("split.json").write_text(json.dumps(parts))
+    assert train(split="split.json", labelled=0, out="two") == 0
+    assert "on the 1 cases that chose it" in capsys.readouterr().out
+
+
+def test_a_flag_without_text_is_a_flag_that_is_not_given():
+    given = cps.config_from("train", data="data", out="", cache="", split="")
+    assert given == cps.config_from("train", data="data")
+
+
 def test_a_split_of_a_file():
     make_data()
     pathlib.Path("mine.json").write_text(json.dumps(SPLIT))
@@ -1825,6 +1850,7 @@ def test_a_split_of_a_file():
         (json.dumps(SPLIT | {"labelled": ["c0", "c0"]}), "more than once"),
         (json.dumps(SPLIT | {"unlabelled": ["c3"]}), "c3"),
         (json.dumps(SPLIT | {"unlabelled": []}), "unlabelled"),
+        (json.dumps(SPLIT | {"validation": ["c1"]}), "validation"),
     ],
 )
 def test_a_split_that_cannot_be(text, word, capsys):
@@ -2016,6 +2042,31 @@ def test_a_step_that_memory_cannot_hold_is_refused(monkeypatch, capsys):
     assert train(out="two") == 2
     assert "--no-check" in errors_of(capsys)[0]
     assert train("--no-check", out="two") == 0
+
+
+def test_memory_is_compared_with_all_classes(monkeypatch, capsys):
+    label = np.random.default_rng(0).integers(0, 101, SHAPE).astype(np.uint8)
+    make_data(label=label)
+    config = cps.Config(**TINY)
+    monkeypatch.setattr(cps, "memory_bytes", lambda: 2 * cps.costs(config, 2)[3])
+    assert cps.costs(config, 101)[3] > cps.memory_bytes()
+    assert train() == 2
+    assert errors_of(capsys)[0].startswith("--patch")
+    assert not os.path.exists("run")
+
+
+def test_ablate_compares_memory_for_all_its_arms_first(monkeypatch, capsys):
+    make_data()
+    config = cps.Config(**TINY)
+    arms = [dataclasses.replace(config, method=method) for method in ("supervised", "context")]
+    tiny = TINY.copy()
+    del tiny["data"]
+    few, many = (cps.costs(arm, 2)[3] for arm in arms)
+    monkeypatch.setattr(cps, "memory_bytes", lambda: (few + many) // 2)
+    assert cps.main(["ablate", "data", *words(tiny)]) == 2
+    assert errors_of(capsys)[0].startswith("--patch")
+    assert not os.path.exists("run")
+    assert not os.path.exists("cache")
 
 
 def test_memory_is_compared_before_anything_is_prepared(monkeypatch):
@@ -2685,19 +2736,29 @@ def test_loader_workers_leave_signals_to_the_parent(monkeypatch):
     monkeypatch.setattr(cps, "DataLoader", loader)
     assert train(epochs=1, workers=3) == 0
     assert given["worker_init_fn"] is cps.leave_signals_to_the_parent
-    assert given["num_workers"] == 0  # on a CPU
+    assert given["num_workers"] == given["timeout"] == 0  # on a CPU
+
+
+def test_a_batch_that_never_comes_is_a_sentence(capsys):
+    """Where shared memory is full, torch loses it and waits for ever."""
+    stuck = Dying(wait=60)
+    assert cps.attempt(lambda: next(iter(cps.DataLoader(stuck, num_workers=1, timeout=1)))) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "--workers" in error and "shared memory" in error
 
 
 class Dying(torch.utils.data.Dataset):
     """Its first item ends the worker that makes it, or raises an error there."""
 
-    def __init__(self, error=None):
+    def __init__(self, error=None, wait=0):
         self.error = error
+        self.wait = wait
 
     def __len__(self):
         return 1
 
     def __getitem__(self, i):
+        time.sleep(self.wait)
         if self.error:
             raise self.error
         os._exit(1)
@@ -2773,7 +2834,7 @@ def test_labels_in_one_piece_are_told_from_training_labels(capsys):
         return cps.one_piece(cases, [1, 5, 7])
 
     assert pieces({"1": 0.99, "5": 0.9899, "7": 1.0}, {"1": 1.0}) == [1, 7]
-    assert pieces({"5": 1.0}, {"5": 1.0, "7": 0.5}) == [1, 5]  # absent: no sign of two pieces
+    assert pieces({"5": 1.0}, {"5": 1.0, "7": 0.5}) == [5]  # 1 is shown by none of them
 
 
 def test_pieces_are_counted_on_the_grid_of_the_scan():
@@ -2956,10 +3017,31 @@ def test_predict_never_writes_over_a_scan(capsys):
     write("scans/x.nii.gz", scan)
     before = pathlib.Path("scans/x.nii.gz").read_bytes()
     capsys.readouterr()
-    for out in ("scans/../scans", "scans/x.nii.gz"):
+    write("scans/y.nii.gz", scan)  # predict best.pt scans/*.nii.gz
+    for out, word in (
+        ("scans/../scans", "OUT_DIR"),
+        ("scans/x.nii.gz", "exists"),
+        ("scans/y.nii.gz", "exists"),
+        ("data/labelsTr", "references"),
+    ):
         assert cps.main(["predict", "run/best.pt", "scans/x.nii.gz", out]) == 2
-        assert "OUT_DIR" in capsys.readouterr().err
-    assert pathlib.Path("scans/x.nii.gz").read_bytes() == before
+        assert word in capsys.readouterr().err
+    for name in "xy":
+        assert pathlib.Path(f"scans/{name}.nii.gz").read_bytes() == before
+    assert not os.path.exists("data/labelsTr/x.nii.gz")
+
+
+def test_predict_tells_what_train_would(capsys):
+    image, label = body("ct")
+    image[-1, -1, -1] = np.median(image[label > 0])  # make_data adds to it
+    make_data(image=image, label=label, labelled=4)
+    assert train(clip=(-68, 200), epochs=1, epoch_steps=1) == 0
+    write("scans/x.nii.gz", image)
+    write("scans/y.nii.gz", image + 1024)
+    capsys.readouterr()
+    assert cps.main(["predict", "run/best.pt", "scans", "out"]) == 0
+    (sentence,) = errors_of(capsys, "warning")
+    assert "y.nii.gz" in sentence and "--clip" in sentence
 
 
 def test_evaluate_pairs_a_folder_and_a_file_by_name():
@@ -3546,6 +3628,8 @@ BAD = [  # the command line, and a word of its error
     ("evaluate bad/label.nii.gz data/labelsTr", "label"),  # no name in common
     ("train data --unlabelled nowhere", "nowhere"),
     ("train data --unlabelled data/imagesUn", "imagesUn"),  # each twice
+    ("train data --unlabelled data/imagesTr", "name it once"),
+    ("train --clip auto data", "paths come before"),
     ("train data --split nowhere.json", "nowhere.json"),
     ("train data --out data/imagesTr/c0.nii.gz", "data/imagesTr/c0.nii.gz"),
     ("train data --out data/imagesTr/c0.nii.gz/x", "data/imagesTr/c0.nii.gz"),
@@ -3566,7 +3650,7 @@ FLAGS = """
 --lam nan; --lam -1; --rampup inf; --halve-epochs 0; --validate-epochs 0; --epoch-steps 0
 --base-channels 0; --weight-decay nan; --grad-clip nan; --grad-clip -1; --spatial inf
 --seed 36893488147419103232; --patch 1048576 1048576 1048576; --epochs 1000000000000000000000
---batch 1000000000000"""
+--batch 1000000000000; --batch 1025; --val 1.5; --test 2.5; --spatial 7"""
 for flags in re.split("[;\n]+", FLAGS.strip()):
     BAD.append((f"train data {flags}", flags.split()[0]))
 for tolerance in ("nan", "0", "-1", "inf", "two"):
