@@ -971,15 +971,16 @@ def to_labels(volume):
 
 
 def check_grid(scan, like):
-    """Refuse a scan of which a corner lies over 0.1 voxels from that of the image `like`."""
+    """Refuse a scan of which a corner lies over 0.1 voxels from that of the scan `like`."""
     shape = like.shape[:3]
-    need(scan.shape[:3] == shape, f"its shape is {scan.shape[:3]}, but its image has {shape}")
+    other = like.get_filename()
+    need(scan.shape[:3] == shape, f"its shape is {scan.shape[:3]}, that of {other} is {shape}")
     ends = [(-0.5, size - 0.5) for size in shape]
     corners = np.array(list(itertools.product(*ends, [1])))  # (8, 4), homogeneous
     apart = corners @ (scan.affine - like.affine).T  # mm
     voxels = np.linalg.norm(apart @ np.linalg.inv(like.affine).T, axis=1)
     mm = np.linalg.norm(apart, axis=1)
-    far = f"its grid is {voxels.max():.3g} voxels ({mm.max():.3g} mm) off that of its image"
+    far = f"its grid is {voxels.max():.3g} voxels ({mm.max():.3g} mm) off that of {other}"
     need(voxels.max() <= 0.1, far)
 
 

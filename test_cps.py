@@ -1498,6 +1498,7 @@ def test_grids_are_compared_by_their_corners(mm, label_mm, shift, shape, fits, c
     if not fits:
         (error,) = errors_of(capsys)
         assert error.startswith("in/pred.nii")
+        assert "that of in/ref.nii" in error
         found = re.search(r"([\d.e-]+) voxels\D+([\d.e-]+) mm", error)
         ends = [max(0.5, size - 0.5) * (label_mm - mm) for size in shape]
         apart = np.linalg.norm([ends[0] + shift, *ends[1:]])
