@@ -1688,14 +1688,15 @@ class Run:
     def batches(self):
         """The batches of the steps that are left, on the device."""
         gpu = self.device.type == "cuda"
+        workers = self.config.workers if gpu else 0
         loader = DataLoader(
             Patches(self.config, self.split, self.ids, RANK),
             batch_size=None,
             sampler=range(self.step, self.steps),
-            num_workers=self.config.workers if gpu else 0,
+            num_workers=workers,
             worker_init_fn=leave_signals_to_the_parent,
             pin_memory=gpu,
-            timeout=600 if gpu else 0,  # s; where shared memory is full, a batch never comes
+            timeout=600 if workers else 0,  # s; where shared memory is full, a batch never comes
         )
         first = self.step
         start = time.monotonic()

@@ -2740,6 +2740,37 @@ def test_loader_workers_leave_signals_to_the_parent(monkeypatch):
     assert given["num_workers"] == given["timeout"] == 0  # on a CPU
 
 
+class Card(str):
+    """A name of the CPU that says it is a GPU."""
+
+    type = "cuda"
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory")  # there is no GPU to pin for
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_loader_of_a_gpu_brings_the_batches_in_order(workers, monkeypatch):
+    make_data()
+    data = patches(workers=workers)
+    run = cps.Run(data.config, IDS, [])
+    run.split = data.split
+    run.step = 2
+    run.device = Card("cpu")
+    resets = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", resets.append)
+    seen = []
+    for batch in run.batches():
+        seen.append(batch)
+        run.step += 1
+    assert len(seen) == run.steps - 2
+    for step, batch in enumerate(seen, start=2):
+        want = data[step]
+        assert batch.keys() == want.keys()
+        assert tree_leaves(batch.pop("overlaps")) == tree_leaves(want["overlaps"])
+        for key, value in batch.items():
+            assert torch.equal(value, want[key]), (step, key)
+    assert resets == [run.device]  # once, after the first step
+
+
 def test_a_batch_that_never_comes_is_a_sentence(capsys):
     """Where shared memory is full, torch loses it and waits for ever."""
     stuck = Dying(wait=60)
