@@ -67,6 +67,7 @@ STILL = {"intensity": 0.0, "spatial": 0.0}  # no augmentation
 # Helpers
 # --------------------------------------------------------------------------------------------------
 COSTS = functools.cache(cps.costs)
+PARSER = functools.cache(cps.build_parser)  # reads the source: 0.2 s for each call of `main`
 
 
 def costs_once(config, classes, gpu=False):
@@ -81,6 +82,7 @@ def in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if not installed: saves time
     monkeypatch.setattr(cps, "costs", costs_once)
+    monkeypatch.setattr(cps, "build_parser", PARSER)
     cps.warn.cache_clear()  # it prints each sentence once
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
