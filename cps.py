@@ -1283,7 +1283,7 @@ def warped_box(volume, corner, shape, matrix, outside):
 def augment(patch, rng, chance):
     """New float32 (x, y, z), intensities changed: kinds, chances and ranges of nnU-Net.
 
-    patch: z-scored. chance: 0 to 1, scales the chance of each kind.
+    patch: z-scored. chance: what the chance of each kind is multiplied by.
     """
     chances = np.array([0.1, 0.1, 0.15, 0.15, 0.125, 0.1, 0.3])
     drawn = rng.random(7) < chance * chances
@@ -1812,7 +1812,7 @@ def label_ids(split):
 
 
 def one_piece(cases, ids):
-    """The labels that lie in one piece: 99 % of each case's voxels in the largest component."""
+    """The labels that the cases show in one piece: 99 % of the voxels in the largest component."""
     shares = {label: [] for label in ids}
     for case in cases:
         for label, share in case.facts["labels"].items():
@@ -2084,10 +2084,11 @@ def predict(
     need(not to_file or not out.exists(), f"{out}: exists; choose another file, or a folder")
     references = out.name in ("labelsTr", "labelsTs")
     need(not references, f"{out}: is for references, which would be lost; choose another folder")
+    folders = {path.parent.resolve() for path in scans.values()}
+    need(out.resolve() not in folders, f"{images}: is in OUT_DIR; choose another")
 
     def one(name, path):
         target = out if to_file else out / f"{name}.nii.gz"
-        need(path.parent.resolve() != out.resolve(), f"{path}: is in OUT_DIR; choose another")
         volume, spacing, scan = read_scan(path)
         for sentence in doubts(volume, scan, run.config):
             warn(f"{path}: {sentence}")
@@ -2328,7 +2329,7 @@ def gain_text(gain):
     return f"{text} [{low:+.4f}, {high:+.4f}]"
 
 
-# Okabe and Ito's colours, which the colour-blind tell apart.
+# The first six are Okabe and Ito's, which the colour-blind tell apart; then their shades.
 LABEL_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#CC79A7")
 LABEL_COLOURS += ("#734F00", "#2B5A74", "#004F39", "#787221", "#003959", "#663C53")  # darker
 LABEL_COLOURS += ("#F3CF80", "#ABDAF4", "#80CFB9", "#F8F2A1", "#80B9D9", "#E6BCD3")  # lighter
@@ -2463,8 +2464,8 @@ def attempt(function, *args):
         text = str(error)[:300]
         if re.search(r"DataLoader (worker \(pid|timed out)|shared memory|shm", text):
             sentence = (
-                "--workers: a loader process died or shared memory ran out; lower --workers, or "
-                "raise the container's shared memory (docker run --shm-size 2g)"
+                "--workers: a loader process died or stalled, or shared memory ran out; lower "
+                "--workers, or raise the container's shared memory (docker run --shm-size 2g)"
             )
         elif re.search("^$|out of memory|not enough memory|allocate", text):
             sentence = "out of memory; lower --patch, --batch or --base-channels of the training"
@@ -2584,12 +2585,15 @@ def numeric(text):
     return float(text)
 
 
+read_source = functools.cache(inspect.getsource)  # three commands have the flags of Config
+
+
 def add_flags(parser, source, but=()):
     """A flag for each line `name: type = default,  # help` of a class or a function's head; what
     has no default is an argument. A comment of one word, on a line of its own, begins a group."""
     group = parser
     parameters = inspect.signature(source).parameters
-    for line in inspect.getsource(source).splitlines():
+    for line in read_source(source).splitlines():
         heading = re.fullmatch(r" +# (\w+)", line)
         comment = re.fullmatch(r" +(\w+): .*?  # (.*)", line)
         if heading:
@@ -2646,6 +2650,7 @@ def build_parser():
 
 def config_from(command, data=None, preset=None, **given):
     """Config of flags on top of a preset; without DATA that of the phantom."""
+    # An empty text, as of a variable that is not set, is a flag that is not given.
     given = {name: value for name, value in given.items() if value != ""}
     for name, value in given.items():
         if isinstance(value, list):

@@ -3060,6 +3060,9 @@ def test_predict_never_writes_over_a_scan(capsys):
     ):
         assert cps.main(["predict", "run/best.pt", "scans/x.nii.gz", out]) == 2
         assert word in capsys.readouterr().err
+    assert cps.main(["predict", "run/best.pt", "scans", "scans"]) == 2
+    (error,) = errors_of(capsys)  # one for all scans
+    assert "OUT_DIR" in error
     for name in "xy":
         assert pathlib.Path(f"scans/{name}.nii.gz").read_bytes() == before
     assert not os.path.exists("data/labelsTr/x.nii.gz")
