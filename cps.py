@@ -2378,7 +2378,7 @@ def draw_method(row, run, case):
             ax.add_patch(frame)
     handles, names = axes[0].get_legend_handles_labels()
     columns = math.ceil(len(names) / 10)
-    row.legend(handles, names, title="-1: differ", loc="outside right center", ncols=columns)
+    row.legend(handles, names, loc="outside right center", ncols=columns)
 
 
 def draw_log(row, rows):
@@ -2417,7 +2417,8 @@ def draw(row, run, case, z, titles, volumes):
         overlay = np.zeros((*image.shape, 4))
         for label, colour in colours.items():
             overlay[labels == label] = to_rgba(colour, 0.85)
-            ax.scatter([], [], color=colour, label=label)  # for the legend
+            name = "differ" if label == -1 else label
+            ax.scatter([], [], color=colour, label=name)  # for the legend
         ax.imshow(image, "gray", aspect=aspect)
         ax.imshow(overlay, aspect=aspect)
         ax.invert_xaxis()

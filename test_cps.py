@@ -3510,7 +3510,7 @@ def test_figure_explains_the_method(page):
     assert not (colours(whole) != "").any()
     assert [frame.get_label() for frame in whole.patches] == ["A", "B"]
     (legend,) = page.subfigs[0].legends
-    assert [text.get_text() for text in legend.get_texts()] == ["-1", *map(str, IDS), "A", "B"]
+    assert [text.get_text() for text in legend.get_texts()] == ["differ", *map(str, IDS), "A", "B"]
 
 
 def test_thirteen_organs_have_colours_of_their_own():
