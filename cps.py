@@ -134,7 +134,7 @@ class Config:
     resume: bool = False  # go on with the run in --out, or begin it
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU if there is one
     amp: bool = True  # mixed precision on a GPU: bf16, or fp16 if it has no bf16
-    compile: bool = False  # torch.compile: 20 % faster steps on a CPU after a minute [measured]
+    compile: bool = False  # torch.compile: after a minute, 10 to 20 % faster on a CPU [measured]
     workers: int = 8  # loader processes for a GPU; on a CPU there are none
     check: bool = True  # refuse a run that memory or disk cannot hold, before it begins
 
@@ -768,9 +768,8 @@ class Case:
     def array(self, part):
         """Memory-mapped: image float16 (X, Y, Z); of a labelled case also label uint8 (X, Y, Z)
         and points int32 (n, 4), of which a row is a label id and the x, y, z of a voxel of it."""
-        return np.load(
-            f"{self.prepared}.{part}.npy", mmap_mode="c"
-        )  # private copy: torch wants to write
+        path = f"{self.prepared}.{part}.npy"
+        return np.load(path, mmap_mode="c")  # private copy: torch wants to write
 
 
 def atomic(path, save, *args):
@@ -1764,7 +1763,7 @@ def open_run(config):
     split = prepare(split_cases(config), config)  # all is checked before anything is trained
     ids = label_ids(split)
     need(ids, f"{config.data}: all labels are empty; there is nothing to learn")
-    check_memory(config, len(ids) + 1)
+    counted = check_memory(config, len(ids) + 1)
 
     with locked(Path(config.out)):
         if fresh:
@@ -1773,7 +1772,7 @@ def open_run(config):
         else:
             run = resumed(last, config, split)
         run.split = split
-        header(run)
+        header(run, counted)
         if fresh and RANK == 0:
             names = {part: list(cases) for part, cases in run.cases.items()}
             texts = {
@@ -1908,28 +1907,29 @@ def barrier():
         distributed.barrier()
 
 
-def header(run):
-    """Print what a person wants to know before a long run."""
+def header(run, counted):
+    """Print what a person wants to know before a long run. counted: its `costs`."""
     config = run.config
-    gpu = run.device.type == "cuda"
     counts = ", ".join(f"{len(cases)} {part}" for part, cases in run.split.items())
     print("cases     ", counts)
     print(f"labels     {run.ids}; of {run.one_piece} one component is kept")
     print("settings  ", settings(config))
-    protocol(config, len(run.ids) + 1, gpu)
+    protocol(*counted)
     print(f"run        {config.out} on {run.device}, step {run.step} of {run.steps}")
     print(" ".join(f"{name:>10}" for name in LOG), "left", flush=True)
 
 
 def check_memory(config, classes):
-    """Refuse a training of which a step cannot fit, by what is counted."""
+    """Refuse a training of which a step cannot fit; returns what was counted, its `costs`."""
     device = device_of(config)
     gpu = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if gpu else memory_bytes()
-    size = costs(config, classes, gpu)[3]
+    counted = costs(config, classes, gpu)
+    size = counted[3]
     sizes = f"a step takes {size / 2**30:.1f} GiB or more, and {free / 2**30:.1f} are free"
     fits = size < free or not config.check
     need(fits, f"--patch: {sizes}; use --preset quick, a smaller --patch or --batch, or --no-check")
+    return counted
 
 
 def device_of(config):
@@ -1954,9 +1954,8 @@ def settings(config):
     return " ".join(changed)
 
 
-def protocol(config, classes, gpu):
-    """Print the size and the costs of a training."""
-    parameters, patch_flops, step_flops, step_bytes = costs(config, classes, gpu)
+def protocol(parameters, patch_flops, step_flops, step_bytes):
+    """Print the `costs` of a training."""
     print(
         f"network    {parameters:,} parameters, {patch_flops:.3g} FLOPs for a patch; there are two"
     )
@@ -2150,7 +2149,7 @@ def info(
         print(f"{name:<16} {value}")
     steps = config.epochs * config.epoch_steps
     print(f"{steps:,} steps, lr halved every {config.halve_epochs} epochs")
-    protocol(config, classes, gpu=config.device != "cpu")
+    protocol(*costs(config, classes, gpu=config.device != "cpu"))
 
 
 def evaluate(
@@ -2242,7 +2241,7 @@ def test_scores(run, cases, networks="a"):
 def ablate(
     config: Config,
     labelled: tuple[int, ...] = (2,),  # numbers of labelled cases to compare at
-    seeds: int = 3,  # runs of an arm, from --seed on: other weights, patches, labelled cases
+    seeds: int = 3,  # runs of an arm, from --seed on; with --split, of the same cases
 ):
     """Compare supervised, plain CPS, context CPS and an upper bound, all labels, at equal steps.
 
