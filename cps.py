@@ -4,7 +4,7 @@ Two 3D U-Nets, A and B, have the same structure and different initial weights. T
 labelled scans and from many without labels. Two overlapping crops are cut out of each unlabelled
 volume: A sees one, B sees the other. On the overlap, the prediction of each network becomes the
 label (the "pseudo label") from which the other one learns. Both see the same voxels in different
-surroundings, so a prediction that rests on the surroundings alone is contradicted.
+surroundings, so what one network says because of its surroundings alone, the other contradicts.
 
 Paper: P. Liu and G. Zheng, Cross Pseudo Supervision for Semi-supervised Medical Image Segmentation,
 FLARE 2022. Plain CPS: X. Chen et al., CVPR 2021. Overlapping crops: X. Lai et al., CVPR 2021.
@@ -15,14 +15,15 @@ FLARE 2022. Plain CPS: X. Chen et al., CVPR 2021. Overlapping crops: X. Lai et a
     python cps.py evaluate PREDICTIONS REFERENCES
     python cps.py ablate DATA                does it help? supervised, plain CPS, context-aware CPS
 
-The loss for labelled patches x with labels y, and for overlapping crops u_a and u_b of a volume:
+The loss for labelled patches p with labels t, and for overlapping crops u_a and u_b of a volume:
 
     L        = L_sup(A) + L_sup(B) + lam * L_cps
-    L_sup(A) = l(A(x), y), and L_sup(B) = l(B(x), y)
+    L_sup(A) = l(A(p), t), and L_sup(B) = l(B(p), t)
     L_cps    = l(A(u_a)[o], argmax B(u_b)[o]) + l(B(u_b)[o], argmax A(u_a)[o])
 
-l is the sum of Dice loss and cross-entropy. [o] crops to the overlap of u_a and u_b. No gradient
-passes through argmax. The weight lam grows from almost 0 to 1.
+l is the sum of Dice loss and cross-entropy. Dice is 2 |P and Q| / (|P| + |Q|): how well two sets of
+voxels agree. [o] crops to the overlap of u_a and u_b. No gradient passes through argmax. The
+weight lam grows from almost 0 to 1.
 
 Where the paper is silent, we chose: crops with a random offset on all axes; lam grows over the
 first 60 % of the training; A and B are two random draws of the paper's He initialisation; network,
@@ -31,7 +32,8 @@ different labels; the checkpoint with the best Dice on the validation cases is k
 
 Shapes: N patches of a batch, K classes (0 is background), X Y Z voxels of a volume, x y z voxels of
 a patch or an overlap. Volumes are in RAS+ orientation: x to the right, y to the front, z to the
-head. Sections 1 to 7 are the method, 8 to 14 make it practical: grep -n '^# [0-9]' cps.py
+head. Sources stand in brackets: [paper], [CPS] is Chen et al., [ours]. Sections 1 to 7 are the
+method, 8 to 14 make it practical; grep -n '^# [0-9]' cps.py lists them.
 """
 
 # SPDX-License-Identifier: MIT
@@ -70,20 +72,20 @@ from torch import distributed, nan, nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-IGNORE = 255  # the label of voxels that no loss and no score counts
+IGNORE = 255  # label of voxels that are left out of every loss and every score
 
 
 # 1. Configuration
 # --------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Config:
-    """All settings. Each is a flag, its comment is the help; brackets: where a default is from."""
+    """All settings. Each is a flag of the command line, and its comment is the help of the flag."""
 
-    # method
-    method: Literal["supervised", "cps", "context"] = "context"  # labels only; one crop; two crops
+    # `supervised` uses no unlabelled scans, `cps` shows A and B the same crop, `context` two crops.
+    method: Literal["supervised", "cps", "context"] = "context"  # how unlabelled scans are used
     lam: float = 1.0  # weight of L_cps after its ramp-up [ours, measured]
     rampup: float = 0.6  # share of the training during which the weight grows [ours, measured]
-    init_b: Literal["he", "xavier"] = "he"  # initialisation of B; that of A is always he [paper]
+    init_b: Literal["he", "xavier"] = "he"  # initialisation of B; A has he [paper]; for both [ours]
     seed: int = 0  # seed of initial weights, split and patches
 
     # patches
@@ -97,8 +99,8 @@ class Config:
     levels: int = 5  # number of resolutions; 2^(levels - 1) must divide the patch [ours]
 
     # schedule
-    epochs: int = 1000  # an epoch is a row of the log [paper]
-    epoch_steps: int = 250  # optimiser steps in an epoch [nnU-Net; 1000 such epochs fit 96 h]
+    epochs: int = 1000  # number of epochs; each is a row of the log [paper]
+    epoch_steps: int = 250  # optimiser steps in an epoch [nnU-Net; fits the paper's training time]
     lr: float = 0.01  # learning rate of SGD with Nesterov momentum [paper]
     momentum: float = 0.99  # momentum of SGD [paper]
     halve_epochs: int = 200  # the learning rate is halved every so many epochs [paper]
@@ -107,18 +109,21 @@ class Config:
     validate_epochs: int = 10  # epochs from one validation to the next [ours]
 
     # data
-    data: str = ""  # your scans in the layout of MSD and nnU-Net; without it, synthetic ones
+    data: str = ""  # folder with imagesTr, labelsTr, ... (see README); without it: synthetic scans
     unlabelled: tuple[str, ...] = ()  # further folders of unlabelled images
     labelled: int = 0  # number of training cases that keep their labels; 0: all
     val: float = 0.2  # cases that choose the checkpoint: a share if below 1, else a number [ours]
     test: float = 0.0  # cases for the test, likewise; 0: those of imagesTs and labelsTs
     split: str = ""  # JSON file that names the cases of each part, like split.json of a run
-    clip: tuple[float, ...] = (-68.0, 200.0)  # HU [paper]; auto: percentiles 0.5 and 99.5
-    spacing: tuple[float, ...] = ()  # x y z in mm to resample to; auto: the median [nnU-Net]
-    largest: tuple[int, ...] = ()  # labels of which only the largest component is kept
+    clip: tuple[float, ...] = (
+        -68.0,
+        200.0,
+    )  # intensities, HU of a CT [paper]; auto: see preprocess
+    spacing: tuple[float, ...] = ()  # x y z in mm to resample to; (), auto: median [nnU-Net]
+    largest: tuple[int, ...] = ()  # labels of which predictions keep the largest component
 
     # machine
-    preset: Literal["paper", "quick"] = "paper"  # quick: for a CPU; the default there
+    preset: Literal["paper", "quick"] = "paper"  # default: paper on a GPU, quick on a CPU
     out: str = ""  # folder of the run; default: runs/DATA-METHOD
     cache: str = "runs/.cache"  # folder of the preprocessed scans; may be deleted at any time
     resume: bool = False  # continue the run in --out after its last whole epoch
@@ -153,24 +158,21 @@ def dice_ce_loss(logits, target):
     """
     target = target.flatten(1)[:, None]  # (N, 1, V), V voxels of a patch
     valid = target != IGNORE  # (N, 1, V)
-    # `gather` and `scatter_` need a class for ignored voxels too, so these become background. They
-    # still do not count: `valid` removes them from the cross-entropy and from the probabilities,
-    # and the Dice loss leaves the background out.
-    target = target.masked_fill(~valid, 0)
+    target = target.masked_fill(~valid, 0)  # any class would do, because `valid` masks these voxels
     log_prob = logits.flatten(2).float().log_softmax(1)  # (N, K, V), never in half precision
 
     # Cross-entropy: the mean over the valid voxels of each patch.
     nll = -log_prob.gather(1, target) * valid  # (N, 1, V)
     cross_entropy = nll.sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)  # (N,)
 
-    # Soft Dice: for each patch and each class except background.
+    # Soft Dice: for each patch and each class except background, which holds the ignored voxels.
     prob = log_prob.exp() * valid  # (N, K, V)
     one_hot = torch.zeros_like(prob).scatter_(1, target, 1.0)
     prob = prob[:, 1:]  # (N, K-1, V)
     one_hot = one_hot[:, 1:]
     common = (prob * one_hot).sum(2)  # (N, K-1)
     size = prob.sum(2) + one_hot.sum(2)
-    dice = (2 * common + 1e-5) / (size + 1e-5)  # 1, not 0 / 0, if all voxels are ignored
+    dice = (2 * common + 1e-5) / (size + 1e-5)  # 1, not 0 / 0, if both are empty
     dice_loss = 1 - dice.mean(1)  # (N,)
 
     return (dice_loss + cross_entropy).mean()
@@ -179,8 +181,8 @@ def dice_ce_loss(logits, target):
 def pseudo_label(logits, valid=None):
     """The predicted classes, int64 (N, x, y, z), of logits (N, K, x, y, z), without gradient.
 
-    They are hard labels without a threshold [CPS]. valid: bool (N, x, y, z), False on padding,
-    which becomes IGNORE: nobody should learn that padding is background.
+    They are hard labels without a threshold [CPS]. valid: bool (N, x, y, z), False on voxels beyond
+    the volume (padding), which become IGNORE: nobody should learn that padding is background.
     """
     label = logits.detach().argmax(dim=1)
     if valid is not None:
@@ -199,8 +201,8 @@ def cross_pseudo_loss(logits_a, logits_b, valid=None):
 
 
 def ramp_up(progress):
-    """The share of lam, from 0.007 to 1, as progress goes from 0 to 1. Pseudo labels are noise at
-    first, so they must not count much [curve of SSL4MIS]."""
+    """A factor of lam that grows from 0.007 to 1 as progress goes from 0 to 1: pseudo labels are
+    noise at first, so they must not count much [the usual curve, as in HiLab-git/SSL4MIS]."""
     return math.exp(-5 * (1 - min(progress, 1)) ** 2)
 
 
@@ -209,25 +211,25 @@ def ramp_up(progress):
 def overlapping_corners(rng, shape, patch, min_overlap):
     """Draw the corners of two different patches that share at least `min_overlap` of their voxels.
 
-    rng: numpy Generator. shape, patch: voxels on each axis. Returns two int arrays (3,), equal only
-    if volume and `min_overlap` leave no choice. On an axis where the volume is smaller than the
-    patch, both corners are 0, and both patches are padded at the end.
+    rng: numpy Generator. shape, patch: voxels on each axis. Returns two int arrays (3,). They are
+    equal only if no offset is possible. On an axis where the volume is smaller than the patch, both
+    corners are 0, and both patches are padded at the end.
     """
     patch = np.asarray(patch)
     room = np.maximum(shape - patch, 0)  # the largest possible corner
-    # The largest useful offset: one that is larger leaves too little overlap on this axis alone.
+    # The largest offset on each axis: a larger one alone would leave too small an overlap.
     reach = np.minimum(room, patch * (1 - min_overlap)).astype(int)
 
-    # Draw until a pair fits: the product of the shares on the three axes must be large enough, too.
-    # This takes about ten draws, and it ends: an offset of one voxel on an axis with reach fits; if
-    # no axis has reach, equal corners fit.
+    # Draw until a pair fits, because the shares of the three axes multiply. This takes about ten
+    # draws, and it ends: if reach is above 0 on an axis, an offset of one voxel on this axis alone
+    # fits; if it is 0 on all axes, equal corners fit.
     while True:
         corner_a = rng.integers(0, room + 1)
         corner_b = corner_a + rng.integers(-reach, reach + 1)
         inside = np.all((corner_b >= 0) & (corner_b <= room))
         overlap = np.prod(1 - abs(corner_b - corner_a) / patch)
-        different = overlap < 1 or not reach.any()
-        if inside and different and overlap >= min_overlap:
+        differ_if_possible = np.any(corner_a != corner_b) or not np.any(reach)
+        if inside and differ_if_possible and overlap >= min_overlap:
             return corner_a, corner_b
 
 
@@ -243,38 +245,29 @@ def overlap_slices(corner_a, corner_b, patch):
 
 def box_at(corner, shape):
     """Slices that cut a box out of an array."""
-    return tuple(slice(low, low + size) for low, size in zip(corner, shape))
-
-
-def cut_box(volume, corner, shape, padding):
-    """Cut a box out of a volume (X, Y, Z). Its corner may be negative, and it may reach beyond the
-    volume: there it is filled with padding."""
-    box = np.full(shape, padding, volume.dtype)
-    low = np.clip(corner, 0, volume.shape)
-    high = np.clip(corner + shape, 0, volume.shape)
-    box[box_at(low - corner, high - low)] = volume[box_at(low, high - low)]
-    return box
+    return tuple(slice(low, low + size) for low, size in zip(corner, shape, strict=True))
 
 
 class Patches(Dataset):
     """Item n: a labelled patch and, unless the method is `supervised`, a pair of unlabelled crops.
 
     image: float32 (1, x, y, z). target: int64 (x, y, z), classes or IGNORE. crop_a, crop_b: like
-    image. valid: bool (x, y, z), False where crop_a is padded. corner_a, corner_b: int (3,).
+    image. valid: bool (x, y, z), False where crop_a is padded; on the overlap, crop_b is padded at
+    the same voxels. corner_a, corner_b: int (3,).
 
-    All randomness of item n comes from (seed, n). Step t takes the items from t * batch on, so a
-    resumed run sees the patches that it would have seen without the interruption.
+    All randomness of item n comes from (seed, n), and step t takes the items from t * batch on. So
+    a resumed run sees the patches that it would have seen without the interruption.
     """
 
     def __init__(self, config, split, ids):
         self.config = config
         self.patch = np.array(config.patch)
         self.split = split  # {"labelled": list of Case, "unlabelled": ...}, see section 8
-        self.class_of = np.full(256, IGNORE)  # a table from label ids to classes
+        # A table from label ids, the numbers in the files, to classes 0, 1, 2, ...
+        self.class_of = np.full(256, IGNORE)
         self.class_of[[0, *ids]] = np.arange(len(ids) + 1)
 
     def __getitem__(self, n):
-        # The pair has a generator of its own, so that all methods see the same labelled patches.
         rng = np.random.default_rng((self.config.seed, n, 0))
         cases = self.split["labelled"]
         arrays = cases[rng.integers(len(cases))].load()
@@ -284,22 +277,25 @@ class Patches(Dataset):
         if self.config.method == "supervised":
             return item
 
+        # The pair has its own generator, so that all methods see the same labelled patches.
         rng = np.random.default_rng((self.config.seed, n, 1))
         cases = self.split["unlabelled"]
         arrays = cases[rng.integers(len(cases))].load()
         shape = arrays["image"].shape
         corner_a, corner_b = overlapping_corners(rng, shape, self.patch, self.config.min_overlap)
         if self.config.method == "cps":
-            corner_b = corner_a  # plain CPS: both see one crop, with different intensities
+            corner_b = corner_a  # plain CPS: A and B see what A sees in `context`
         (crop_a, label_a), (crop_b, _) = self.crops(arrays, rng, [corner_a, corner_b])
-        item |= {"crop_a": crop_a[None], "crop_b": crop_b[None], "valid": label_a != IGNORE}
-        return item | {"corner_a": corner_a, "corner_b": corner_b}
+        item |= {"crop_a": crop_a[None], "crop_b": crop_b[None]}
+        item |= {"corner_a": corner_a, "corner_b": corner_b}
+        item["valid"] = label_a != IGNORE
+        return item
 
     def labelled_corner(self, arrays, rng, centred):
         """Corner of a patch: anywhere, or centred on a voxel of a random label, so that small
         organs are seen often enough [nnU-Net]."""
         room = np.maximum(arrays["image"].shape - self.patch, 0)
-        points = arrays["points"]  # rows of label id, x, y, z
+        points = arrays["points"]  # random voxels of each label, rows of label id, x, y, z
         if not centred or len(points) == 0:
             return rng.integers(0, room + 1)
         points = points[points[:, 0] == rng.choice(np.unique(points[:, 0]))]
@@ -313,18 +309,18 @@ class Patches(Dataset):
         itself, their overlap would no longer be a box. Intensities do not move voxels, so they are
         changed for each crop separately: this makes it harder for A and B to agree.
 
-        Images are padded with 0, their mean, and labels with IGNORE. An unlabelled volume gets the
-        label 0 everywhere, so that IGNORE marks its padding.
+        Images are padded with 0, which is the mean of a volume, and labels with IGNORE.
         """
         low = np.min(corners, axis=0)
         size = np.max(corners, axis=0) + self.patch - low
         image = arrays["image"]
+        # An unlabelled volume gets label 0 everywhere: after the cut, IGNORE marks its padding.
         label = arrays.get("label", np.broadcast_to(np.uint8(0), image.shape))
         matrix = None
         if self.config.augment:
             matrix = random_rotation_and_scale(rng, arrays["spacing"])
-        image = warp_box(image, low, size, matrix, order=1, padding=0)
-        label = warp_box(label, low, size, matrix, order=0, padding=IGNORE)
+        image = warp_box(image, low, size, matrix, order=1, padding=0)  # linear interpolation
+        label = warp_box(label, low, size, matrix, order=0, padding=IGNORE)  # nearest neighbour
 
         pairs = []
         for corner in corners:
@@ -353,8 +349,8 @@ class Block(nn.Sequential):
 
 
 class UNet3D(nn.Module):
-    """3D U-Net [nnU-Net, without deep supervision]: (N, 1, x, y, z) to logits (N, K, x, y, z), with
-    x, y, z divisible by 2^(levels - 1)."""
+    """3D U-Net with the blocks of nnU-Net: (N, 1, x, y, z) to logits (N, K, x, y, z), with x, y, z
+    divisible by 2^(levels - 1)."""
 
     def __init__(self, num_classes, base_channels, levels, in_channels=1):
         super().__init__()
@@ -389,14 +385,15 @@ class UNet3D(nn.Module):
 
 def make_pair(config, num_classes):
     """Networks A and B. Equal ones would make, and confirm, the same mistakes."""
-    initialise = {"he": nn.init.kaiming_normal_, "xavier": nn.init.xavier_normal_}
+    draws = {"he": nn.init.kaiming_normal_, "xavier": nn.init.xavier_normal_}
     networks = []
-    for number, init in enumerate(("he", config.init_b)):
-        torch.manual_seed(2 * config.seed + number)  # another draw for each network of each run
+    for number, name in enumerate(("he", config.init_b)):
+        initialise = draws[name]
+        torch.manual_seed(2 * config.seed + number)  # networks of other runs have other seeds, too
         network = UNet3D(num_classes, config.base_channels, config.levels)
         for name, parameter in network.named_parameters():
             if parameter.ndim == 5:  # the kernel of a convolution
-                initialise[init](parameter)
+                initialise(parameter)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
         networks.append(network)
@@ -406,7 +403,8 @@ def make_pair(config, num_classes):
 # 5. Training
 # --------------------------------------------------------------------------------------------------
 def train_step(run, batch, lam):
-    """One optimiser step of A and B on a batch of `Patches`. Returns {name: scalar} for the log."""
+    """One optimiser step of A and B. run: networks, optimisers and settings (12). batch: a batch of
+    `Patches`. Returns {name: scalar} for the log."""
     network_a, network_b = run.networks
     images_a = images_b = batch["image"]  # (N, 1, x, y, z)
     has_pairs = "crop_a" in batch
@@ -426,36 +424,37 @@ def train_step(run, batch, lam):
 
     # Each network learns from the other on the overlap of their crops.
     if has_pairs:
-        values |= overlap_losses(logits_a[n:], logits_b[n:], batch, run.config.patch)
+        values |= overlap_losses(logits_a[n:], logits_b[n:], batch, run.config)
         loss = loss_sup + lam * values["loss_cps"]
 
     # One backward pass serves both: pseudo labels carry no gradient from one network to the other.
     run.scaler.scale(loss).backward()
+    largest_norm = run.config.grad_clip or math.inf  # 0 means no limit
     for network, optimiser in zip(run.networks, run.optimisers):
         average_gradients(network)  # over the processes of torchrun, if there are several
         run.scaler.unscale_(optimiser)
-        nn.utils.clip_grad_norm_(network.parameters(), run.config.grad_clip or math.inf)
+        nn.utils.clip_grad_norm_(network.parameters(), largest_norm)
         run.scaler.step(optimiser)
         optimiser.zero_grad()
     run.scaler.update()
     return {name: value.detach() for name, value in values.items()}
 
 
-def overlap_losses(logits_a, logits_b, batch, patch):
+def overlap_losses(logits_a, logits_b, batch, config):
     """L_cps of the pairs of a batch, logits (N, K, x, y, z), and signs of collapse for the log.
 
-    L_cps is small, too, if both networks call everything background. The labels, from which both
-    learn, and lam, which starts near 0, prevent this. If it happens, the log shows it: agreement
-    is 1 and foreground is 0.
+    Collapse means that both networks call everything background. L_cps would not bring them back:
+    they agree, so its gradient vanishes. The labels prevent it, and lam, which starts near 0. If it
+    happens, the log shows an agreement of 1 and a foreground of 0.
     """
     rows = []
     for i in range(len(logits_a)):  # one by one, because the overlaps differ in size
         corner_a = batch["corner_a"][i].numpy()
         corner_b = batch["corner_b"][i].numpy()
-        slices_a, slices_b = overlap_slices(corner_a, corner_b, patch)
-        overlap_a = logits_a[i : i + 1][(..., *slices_a)]  # (1, K, x, y, z)
-        overlap_b = logits_b[i : i + 1][(..., *slices_b)]  # the same voxels
-        valid = batch["valid"][i : i + 1][(..., *slices_a)]  # (1, x, y, z)
+        slices_a, slices_b = overlap_slices(corner_a, corner_b, config.patch)
+        overlap_a = logits_a[i, :, *slices_a][None]  # (1, K, x, y, z)
+        overlap_b = logits_b[i, :, *slices_b][None]  # the same voxels
+        valid = batch["valid"][i, *slices_a][None]  # (1, x, y, z), for both
         row = {"loss_cps": cross_pseudo_loss(overlap_a, overlap_b, valid)}
 
         label_a = pseudo_label(overlap_a)
@@ -463,7 +462,7 @@ def overlap_losses(logits_a, logits_b, batch, patch):
         count = valid.sum().clamp(min=1)
         row["agreement"] = ((label_a == label_b) & valid).sum() / count
         row["foreground"] = ((label_a > 0) & valid).sum() / count
-        row["overlap"] = torch.tensor(valid.numel() / math.prod(patch))  # share of a crop
+        row["overlap"] = torch.tensor(valid.numel() / math.prod(config.patch))  # share of a crop
         rows.append(row)
     return {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
 
@@ -479,7 +478,7 @@ def train(config: Config):
         lr = config.lr * 0.5 ** (epoch // config.halve_epochs)
         for optimiser in run.optimisers:
             optimiser.param_groups[0]["lr"] = lr
-        progress = run.step / run.steps
+        progress = run.step / run.total_steps
         lam = config.lam * ramp_up(progress / config.rampup)
 
         # Step
@@ -494,10 +493,11 @@ def train(config: Config):
         means = {name: float(value) / config.epoch_steps for name, value in sums.items()}
         sums.clear()
         due = epochs_done % config.validate_epochs == 0 or epochs_done == config.epochs
-        scores = validate(run, split["val"] if due else [])  # Dice, (cases, labels)
+        scores = validate(run, split["val"] if due else [])  # (cases, labels)
         run.log({"step": run.step, "lr": lr, "lam": lam, **means}, scores)
-        if mean_dice(scores) > run.best or not split["val"]:  # without validation: the latest
-            run.best = mean_dice(scores)
+        score = mean_dice(scores)  # NaN without cases, and NaN is never larger
+        if score > run.best or not split["val"]:  # if no case can choose, keep the latest
+            run.best = score
             run.save("best.pt")
         run.save("last.pt")
     return report(run, split)
@@ -510,8 +510,9 @@ def sliding_window(networks, volume, patch, num_classes, overlap=0.5, device="cp
     """Segment a preprocessed volume, float (X, Y, Z) of any size: classes, uint8 (X, Y, Z).
 
     Each voxel gets the class of the highest probability, summed over the networks and over all
-    windows that cover the voxel, weighted by a Gaussian [nnU-Net]. The sums of all classes would be
-    many times as large as the volume, so only a slab of them, as thick as a window, is kept.
+    windows that cover the voxel, weighted by a Gaussian [nnU-Net]. Sums of K classes for the whole
+    volume would take K times its memory. So windows move along z, and only a slab of sums is kept,
+    as thick as a window; slices that no later window reaches get their class and leave the slab.
     """
     device = torch.device(device)
     shape = np.maximum(volume.shape, patch)  # a smaller volume is padded at its end
@@ -521,30 +522,30 @@ def sliding_window(networks, volume, patch, num_classes, overlap=0.5, device="cp
         step = max(1, int(width * (1 - overlap)))
         starts.append([*range(0, size - width, step), size - width])
     starts_x, starts_y, starts_z = starts
-    # Boxes of the windows that begin in one slice, within the slab that begins there.
+    # The windows that begin at one z, as boxes in the slab, which begins at the same z.
     boxes = [box_at((x, y, 0), patch) for x, y in itertools.product(starts_x, starts_y)]
 
     classes = torch.zeros(scan.shape, dtype=torch.uint8)
     slab = torch.zeros(num_classes, *scan.shape[:2], patch[2])  # (K, X, Y, z)
-    if slab.nbytes < 2**29:  # a larger one stays in main memory: FLARE allows 2 GiB of a GPU
+    if slab.nbytes < 2**29:  # above 512 MiB in main memory: FLARE allows 2 GiB on a GPU, in all
         slab = slab.to(device)
     weight = gaussian(patch).to(device)
     at_once = 2 if device.type == "cpu" else 1  # on a CPU, torch is slow with one small window
     for z, next_z in itertools.pairwise([*starts_z, scan.shape[2]]):
         for i in range(0, len(boxes), at_once):
             some = boxes[i : i + at_once]
-            windows = torch.stack([scan[:, :, z:][box] for box in some])[:, None]
-            windows = windows.to(device).float()  # (1 or 2, 1, x, y, z)
+            windows = torch.stack([scan[:, :, z:][box] for box in some])  # (1 or 2, x, y, z)
+            windows = windows[:, None].to(device).float()
             for network in networks:
                 probs = network(windows).float().softmax(1) * weight  # (1 or 2, K, x, y, z)
                 for box, prob in zip(some, probs):
                     slab[(..., *box)] += prob.to(slab.device)
 
-        # No later window reaches the slices before next_z, so they are finished. The argmax needs
-        # no division by the sum of the weights, which is the same for all classes of a voxel.
+        # The slices before next_z are finished. The argmax needs no division by the sum of the
+        # weights, which is the same for all classes of a voxel.
         done = next_z - z
         classes[:, :, z:next_z] = slab[..., :done].argmax(0)
-        for sums in slab:  # move on, class by class: a copy of the whole slab would be large
+        for sums in slab:  # move on by `done`, one class at a time, to save memory
             sums.copy_(F.pad(sums[..., done:], (0, done)))
     return classes[box_at((0, 0, 0), volume.shape)].numpy()
 
@@ -562,7 +563,7 @@ def gaussian(patch):
 def segment(run, volume, shape, networks="a"):
     """Label ids uint8 of a preprocessed volume (X, Y, Z), resampled to `shape`. networks: a [CPS],
     b, or ab: the mean of their probabilities."""
-    chosen = [run.networks["ab".index(name)] for name in networks]
+    chosen = [network for name, network in zip("ab", run.networks) if name in networks]
     ids = np.array([0, *run.ids], np.uint8)
     with run.autocast:
         classes = sliding_window(chosen, volume, run.config.patch, len(ids), device=run.device)
@@ -571,7 +572,7 @@ def segment(run, volume, shape, networks="a"):
 
 
 def largest_components(labels, chosen):
-    """Keep only the largest component of each chosen label id; components are joined by faces."""
+    """Keep the largest component of each chosen label id; voxels are connected by their faces."""
     labels = labels.copy()
     for label, box in label_boxes(labels).items():
         if label in chosen:
@@ -592,22 +593,17 @@ def dice(pred, ref):
 
 
 def validate(run, cases):
-    """Dice of network A, float (cases, labels); NaN where the reference does not hold the label:
-    otherwise a network that has forgotten a rare organ would score 1 on most cases."""
+    """Dice of network A, float (cases, labels); NaN where the reference does not hold the label. To
+    count 1 there would reward a network that never finds a rare organ."""
     table = np.full((len(cases), len(run.ids)), nan)
-    for row, case in zip(table, cases):
+    for row, case in zip(table, cases):  # a row is a view: filling it fills the table
         arrays = case.load()
         ref = arrays["label"]
         pred = segment(run, arrays["image"], ref.shape)
         for i, label in enumerate(run.ids):
             if np.any(ref == label):
                 row[i] = dice((pred == label) & (ref != IGNORE), ref == label)
-    return table  # `row` is a view: filling it fills the table
-
-
-def label_means(table):
-    """Mean of each label over the cases that hold it: float (labels,), NaN where there is none."""
-    return np.ma.masked_invalid(table).mean(axis=0).filled(nan)
+    return table
 
 
 def mean_dice(table):
@@ -666,8 +662,9 @@ def find_cases(config):
         labels = list_scans(root / f"labels{part}", optional=True)
         images = list_scans(root / f"images{part}", images=True, optional=part == "Ts")
         lost = sorted(labels.keys() - images.keys())
-        remedy = "add it or rename the label; a second channel (_0001) is not supported"
-        need(not lost, f"{root}/labels{part}: no image for {lost[:5]}; {remedy}")
+        need(
+            not lost, f"{root}/labels{part}: no image of one channel for {lost[:5]}; add or rename"
+        )
         for name, file in images.items():
             if part == "Tr" or name in labels:
                 cases[prefix + name] = Case(prefix + name, file, labels.get(name))
@@ -697,9 +694,8 @@ def split_cases(config):
 
     enough = len(parts["labelled"]) >= max(config.labelled, 1)
     need(enough, f"{config.data}: too few labelled cases; lower --labelled, or give --val 0")
-    remedy = "add imagesUn, --unlabelled DIR or --labelled N, or choose --method supervised"
     enough = parts["unlabelled"] or config.method == "supervised"
-    need(enough, f"{config.data}: no unlabelled image; {remedy}")
+    need(enough, f"{config.data}: no unlabelled image; add imagesUn, or give --labelled N")
     split = {part: [cases[name] for name in parts[part]] for part in PARTS}
     for case in split["unlabelled"]:
         case.label = None
@@ -723,10 +719,8 @@ def read_split(path, cases):
 def draw_split(config, names):
     """Names of labelled cases by part, drawn at random; the test cases are those of any seed."""
     names = np.random.default_rng(0).permutation(sorted(names)).tolist()
-    sizes = []
-    for value in (config.test, config.val):
-        sizes.append(int(value) if value >= 1 else math.ceil(value * len(names)))
-    test, val = sizes
+    shares = (config.test, config.val)  # or numbers, from 1 on
+    test, val = [int(n) if n >= 1 else math.ceil(n * len(names)) for n in shares]
     rest = np.random.default_rng((1, config.seed)).permutation(names[test:]).tolist()
     return {"labelled": rest[val:], "val": rest[:val], "test": names[:test]}
 
@@ -751,7 +745,9 @@ def read_scan(path, is_label=False, like=None):
         grid = nifti if like is None else like
         check_grid(nifti, grid)
         volume = np.asanyarray(nifti.dataobj).reshape(nifti.shape[:3])
-        need(np.isfinite([volume.min(), volume.max()]).all(), "holds NaN or infinity")
+        low, high = volume.min(), volume.max()
+        need(np.isfinite([low, high]).all(), "holds NaN or infinity")
+        need(is_label or low < high, "all voxels are equal")
         if is_label:
             labels = volume.round().astype(np.uint8)
             wrong = abs(labels - volume).max() > 1e-3
@@ -782,12 +778,13 @@ def write_like(labels, nifti, path):
     atomic(path, type(nifti)(labels, None, nifti.header, dtype=np.uint8).to_filename)
 
 
-def outside_clip(volume, clip):
-    """Whether hardly any tissue lies within `clip`, as in a CT that is stored with an offset."""
+def is_outside(volume, clip):
+    """Whether a volume is not in HU, for which `clip` is meant: no air lies below it, as in MR, or
+    hardly any tissue lies in it, as in a CT that is stored with an offset."""
     low, high = clip or (-math.inf, math.inf)
     some = volume.ravel()[::7]
     bright = some[some > some.mean()]  # tissue rather than air
-    return np.mean((bright > low) & (bright < high)) < 0.1
+    return some.min() > low or np.mean((bright > low) & (bright < high)) < 0.1
 
 
 def preprocess(volume, spacing, config):
@@ -799,6 +796,15 @@ def preprocess(volume, spacing, config):
     volume = torch.from_numpy(resample(volume, shape))  # faster than NumPy from here
     std, mean = torch.std_mean(volume)
     return volume.sub_(mean).div_(std.clamp(min=1e-6)).numpy()
+
+
+def read_image(path, config):
+    """Read and preprocess an image. Returns its arrays, of which "image" is float32 (X, Y, Z), the
+    shape (3,) that it had in RAS+, and its nibabel image."""
+    volume, spacing, nifti = read_scan(path)
+    arrays = {"checksum": zlib.crc32(volume), "is_outside": is_outside(volume, config.clip)}
+    arrays["image"] = preprocess(volume, spacing, config)
+    return arrays, volume.shape, nifti
 
 
 def resample(volume, shape):
@@ -831,7 +837,7 @@ def label_boxes(labels):
 
 def prepare_case(case, config):
     """Write the preprocessed arrays of a case into the cache, unless they are there."""
-    functions = (read_scan, preprocess, resample, resample_labels, label_points)
+    functions = (read_scan, read_image, preprocess, resample, resample_labels, label_points)
     code = [inspect.getsource(function) for function in functions]  # new code makes new arrays
     files = [(str(path.resolve()), path.stat()) for path in (case.image, case.label) if path]
     files = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in files]
@@ -840,15 +846,14 @@ def prepare_case(case, config):
     if case.cached.exists():
         return
 
-    volume, spacing, nifti = read_scan(case.image)
-    arrays = {"spacing": config.spacing, "checksum": zlib.crc32(volume)}
-    arrays["outside_clip"] = outside_clip(volume, config.clip)
-    arrays["image"] = preprocess(volume, spacing, config).astype(np.float16)
-    del volume  # makes room for the labels
+    arrays, _, nifti = read_image(case.image, config)
+    arrays["image"] = arrays["image"].astype(np.float16)
+    arrays["spacing"] = config.spacing
     if case.label:
         labels, _, _ = read_scan(case.label, is_label=True, like=nifti)
         arrays["label"] = resample_labels(labels, arrays["image"].shape)
         arrays["points"] = label_points(arrays["label"])
+        arrays["ids"] = sorted(label_boxes(labels).keys() - {IGNORE})  # some may vanish in "label"
     tensors = {name: torch.as_tensor(array) for name, array in arrays.items()}
     atomic(case.cached, lambda path: torch.save(tensors, path))
 
@@ -866,22 +871,17 @@ def label_points(labels):
 
 
 def prepare(split, config):
-    """Check and preprocess all cases. Reports every bad one, then raises UserError."""
+    """Check and preprocess all cases. All bad ones are reported; then UserError is raised."""
     cases = {case.name: case for case in itertools.chain(*split.values())}
     bad = for_each("preparing", cases, lambda name, case: prepare_case(case, config), threads=4)
     need(not bad, f"{config.data}: {bad} cases cannot be used, see above; mend or remove them")
-    warn_of_doubts(split, config)
-
-
-def warn_of_doubts(split, config):
-    """Warn of scans that are there twice or lie outside `clip`, and of crops that are equal."""
     twins = defaultdict(dict)  # {checksum: {name: part}}
     outside = []
     for part, cases in split.items():
         for case in cases:
             arrays = case.load()
             twins[int(arrays["checksum"])][case.name] = part
-            if arrays["outside_clip"]:
+            if arrays["is_outside"]:
                 outside.append(case.name)
     twins = [parts for parts in twins.values() if len(parts) > 1]
     leaks = [list(parts) for parts in twins if {"val", "test"} & set(parts.values())]
@@ -890,7 +890,7 @@ def warn_of_doubts(split, config):
     elif twins:
         warn(f"{len(twins)} images are there twice, such as {list(twins[0])}")
     if outside:
-        what = f"{len(outside)} scans, such as {outside[0]}, lie outside --clip"
+        what = f"{len(outside)} scans, such as {outside[0]}, are not in HU"
         warn(f"{what}: use --clip auto, or undo an offset")
     shapes = [case.load()["image"].shape for case in split["unlabelled"]]
     if shapes and np.all(np.array(shapes) <= config.patch):
@@ -903,7 +903,7 @@ def label_ids(split):
     for part, cases in split.items():
         for case in cases:
             if case.label:
-                counts[part].update(np.unique(case.load()["points"][:, 0]).tolist())
+                counts[part].update(case.load()["ids"].tolist())
     ids = sorted(set().union(*counts.values()))
     for part, count in counts.items():
         held = ", ".join(f"label {label} in {count[label]}" for label in ids if count)
@@ -916,7 +916,7 @@ def label_ids(split):
 # 9. Augmentation
 # --------------------------------------------------------------------------------------------------
 def random_rotation_and_scale(rng, spacing):
-    """Rotation by up to 30 degrees and scale from 0.7 to 1.4, each in a fifth of all cases
+    """Rotation by up to 30 degrees on each axis and scale 0.7 to 1.4, each in a fifth of all cases
     [nnU-Net]: a matrix (3, 3) from offsets in voxels of a patch to those of a volume, or None."""
     rotated, scaled = rng.random(2) < 0.2
     if not rotated and not scaled:
@@ -929,6 +929,17 @@ def random_rotation_and_scale(rng, spacing):
         matrix = matrix * 2 ** rng.uniform(-0.5, 0.5)
     # The rotation is made in mm: in voxels of uneven size, it would also shear.
     return np.diag(1 / spacing) @ matrix @ np.diag(spacing)
+
+
+def cut_box(volume, corner, shape, padding):
+    """Cut a box out of a volume (X, Y, Z). Its corner may be negative, and it may reach beyond the
+    volume: there it is filled with padding."""
+    box = np.full(shape, padding, volume.dtype)
+    low = np.clip(corner, 0, volume.shape)
+    high = np.clip(corner + shape, 0, volume.shape)
+    inside_box = box_at(low - corner, high - low)
+    box[inside_box] = volume[box_at(low, high - low)]
+    return box
 
 
 def warp_box(volume, corner, shape, matrix, order, padding):
@@ -1012,11 +1023,16 @@ def surface_scores(pred, ref, spacing, tolerance):
     return nsd.item(), hd95.item()
 
 
+def label_means(table):
+    """Mean of each label over the cases that hold it: float (labels,), NaN where there is none."""
+    return np.ma.masked_invalid(table).mean(axis=0).filled(nan)
+
+
 def score_array(results):
-    """Float (cases, labels, 5) of {case: {label: Scores}}; NaN where a case does not hold a label.
-    Labels that no case holds are left out."""
+    """Scores, float (cases, labels, 5), of labels that any case holds; NaN where a case does not."""
     labels = sorted({i for case in results.values() for i, scores in case.items() if scores.held})
     scores = np.array([[case[label] for label in labels] for case in results.values()], float)
+    scores = scores.reshape(len(results), len(labels), 5)  # also where there is no label
     scores[scores[..., 3] == 0] = nan
     return scores
 
@@ -1047,10 +1063,8 @@ def spread(values, digits=4):
     known = np.array(values)[np.isfinite(values)]
     if len(known) == 0:
         return "-"
-    text = f"{known.mean():.{digits}f}"
-    if len(known) > 1:
-        text += f" +- {known.std(ddof=1):.{digits}f}"
-    return text
+    sd = f" +- {known.std(ddof=1):.{digits}f}" if len(known) > 1 else ""
+    return f"{known.mean():.{digits}f}{sd}"
 
 
 # 11. Phantom
@@ -1125,11 +1139,10 @@ class Run:
     def __init__(self, config, ids):
         self.config = config
         self.ids = ids  # label ids of the classes 1, 2, ...
-        self.steps = config.epochs * config.epoch_steps
+        self.total_steps = config.epochs * config.epoch_steps
         self.step = 0
         self.best = -1.0  # Dice of the validation that chose best.pt
         self.rows = []  # of the log
-
         self.device = torch.device(config.device)
         gpu = self.device.type == "cuda"
         torch.backends.cudnn.benchmark = gpu  # all patches have one size
@@ -1175,14 +1188,13 @@ class Run:
         """Add an epoch to log.csv, with the Dice of each label, and print it."""
         weights = itertools.chain(*[network.parameters() for network in self.networks])
         finite = math.isfinite(row["loss_sup"]) and all(w.isfinite().all() for w in weights)
-        remedy = "continue with --resume --no-amp, or train again with a lower --lr"
-        need(finite, f"{self.config.out}: the loss is not finite; {remedy}")
+        need(finite, f"{self.config.out}: the loss is not finite; --resume --no-amp, or lower --lr")
         now = time.monotonic()
         row["dice"] = mean_dice(scores)
         row["seconds"] = (now - self.row_start) / self.config.epoch_steps  # of a step
         self.row_start = now
         row = {name: row.get(name, nan) for name in LOG}  # `supervised` has no pairs
-        left = timedelta(seconds=int(row["seconds"] * (self.steps - self.step)))
+        left = timedelta(seconds=int(row["seconds"] * (self.total_steps - self.step)))
         print(" ".join(f"{value:10.4g}" for value in row.values()), f"{left!s:>10}", flush=True)
         dices = {f"dice_{i}": float(dice) for i, dice in zip(self.ids, label_means(scores))}
         self.rows.append(row | dices)
@@ -1202,7 +1214,6 @@ def open_run(config):
         for name, value in vars(run.config).items():
             sentence = f"{config.out}: was trained with {name} {value}; give that, or another --out"
             need(value == getattr(config, name), sentence)
-
     with first_process_first():
         split = split_cases(config)
         if not config.spacing:  # of all but the test cases, so that it is the same for all methods
@@ -1212,29 +1223,25 @@ def open_run(config):
         if config.method == "supervised":
             split["unlabelled"] = []
         prepare(split, config)
-
     print(f"settings   preset {config.preset}; patch {config.patch}, voxels of {config.spacing} mm")
     ids = label_ids(split)
+    need(not run or run.ids == ids, f"{config.out}: the labels are now {ids}; give another --out")
     if not run:
         run = Run(config, ids)
         names = {part: [case.name for case in cases] for part, cases in split.items()}
         for name, value in (("split", names), ("config", dataclasses.asdict(config))):
             write_text(f"{config.out}/{name}.json", json.dumps(value, indent=1))
         write_text(f"{config.out}/cps.py", Path(__file__).read_text("utf-8"))
-    print_header(run)
-    return run, split
 
-
-def print_header(run):
-    """Print the size of the networks, where the run is, and the head of the log."""
     network = copy.deepcopy(run.networks[0]).to("meta")  # there, nothing is computed
     with FlopCounterMode(display=False) as counter:
-        network(torch.empty(1, 1, *run.config.patch, device="meta"))
-    size = sum(parameter.numel() for parameter in network.parameters())
+        network(torch.empty(1, 1, *config.patch, device="meta"))
     flops = counter.get_total_flops()
+    size = sum(parameter.numel() for parameter in network.parameters())
     print(f"networks   two of {size:,} parameters, {flops:.3g} FLOPs for a patch")
-    print(f"run        {run.config.out} on {run.device}, step {run.step} of {run.steps}")
+    print(f"run        {config.out} on {run.device}, step {run.step} of {run.total_steps}")
     print(" ".join(f"{name:>10}" for name in LOG), " time left", flush=True)
+    return run, split
 
 
 def batches(run, split):
@@ -1242,7 +1249,7 @@ def batches(run, split):
     config = run.config
     gpu = run.device.type == "cuda"
     # The patches of all processes are numbered by step, then process, then place in the batch.
-    first = np.arange(run.step, run.steps) * PROCESSES + RANK
+    first = np.arange(run.step, run.total_steps) * PROCESSES + RANK
     numbers = first[:, None] * config.batch + np.arange(config.batch)
     loader = DataLoader(
         Patches(config, split, run.ids),
@@ -1295,9 +1302,8 @@ def report(run, split):
             figure(best, split, f"{config.out}/figure.png")
     except ImportError:
         print(f"no {config.out}/figure.png: pip install matplotlib")
-
-    minutes = sum(row["seconds"] for row in run.rows) * config.epoch_steps / 60
-    print(f"time       {minutes:.1f} minutes of training")
+    seconds = sum(row["seconds"] for row in run.rows) * config.epoch_steps
+    print(f"time       {seconds / 60:.1f} minutes of training")
     print(f"next       python cps.py predict {config.out}/best.pt IMAGES OUT")
     return {"run": best, "scores": results}
 
@@ -1319,17 +1325,15 @@ def predict(
         warn(f"{out}: {len(done)} of {len(scans)} are there already and stay as they are")
 
     def one(name, file):
-        volume, spacing, nifti = read_scan(file)
-        if outside_clip(volume, run.config.clip):
-            warn(f"{file}: hardly any tissue lies in the --clip of the training; undo an offset")
-        image = preprocess(volume, spacing, run.config)
-        labels = segment(run, image, volume.shape, networks)
+        arrays, shape, nifti = read_image(file, run.config)
+        if arrays["is_outside"]:
+            warn(f"{file}: is not in HU, as the training was, or has an offset; undo that")
+        labels = segment(run, arrays["image"], shape, networks)
         write_like(labels, nifti, f"{out}/{name}.nii.gz")
 
     bad = for_each("predicting", {name: scans[name] for name in scans if name not in done}, one)
     if run.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(run.device)
-        print(f"{peak / 2**20:.0f} MiB of GPU memory at most")
+        print(f"{torch.cuda.max_memory_allocated(run.device) >> 20} MiB of GPU memory at most")
     return int(bad > 0)
 
 
@@ -1354,6 +1358,7 @@ def evaluate(
         try:
             if name in found:
                 pred, _, _ = read_scan(found[name], is_label=True, like=nifti)
+                need(pred.max() < IGNORE, f"{found[name]}: {IGNORE} is no label; change it")
         finally:  # a broken one has its row, and is an error
             results[name] = evaluate_case(pred, ref, spacing, range(1, IGNORE), tolerance)
 
@@ -1417,8 +1422,7 @@ def ablate(
 
 
 def interval(gains):
-    """Text of the mean of gains (seeds, cases, labels) and its 95 % interval: a bootstrap that
-    draws seeds and cases anew."""
+    """Mean of gains (seeds, cases, labels) and 95 % interval: a bootstrap of seeds and cases."""
     rng = np.random.default_rng(0)
     seeds, cases, _ = gains.shape
     means = []
@@ -1439,7 +1443,7 @@ def figure(run, split, path):
     """Draw one figure for a case: the reference with the crops of A and B (dashed), what each
     network says on its own crop, and where they differ on the overlap. The patient's right is on
     the left, as radiologists see it."""
-    from matplotlib.colors import to_rgba
+    from matplotlib.colors import to_rgba_array
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch, Rectangle
 
@@ -1467,19 +1471,17 @@ def figure(run, split, path):
     page = Figure((13, 3.5), layout="constrained")
     colours = dict(zip(run.ids, itertools.cycle(PALETTE))) | {IGNORE: DIFFER}
     rgba = np.zeros((256, 4))  # a table from label ids to colours
-    for label, colour in colours.items():
-        rgba[label] = to_rgba(colour, 0.8)
+    rgba[list(colours)] = to_rgba_array(list(colours.values()), 0.8)
     handles = [Patch(color=colour, label=label) for label, colour in colours.items()]
     handles[-1].set_label("differ")
     page.legend(handles=handles, loc="outside right")
     axes = page.subplots(1, 4)
     for ax, (title, (volume, labels, z)) in zip(axes, panels.items()):
-        ax.imshow(volume[:, :, z].T.astype(float), "gray")
-        ax.imshow(rgba[labels[:, :, z].T])
+        ax.imshow(volume[:, :, z].T.astype(float), "gray", origin="lower")
+        ax.imshow(rgba[labels[:, :, z].T], origin="lower")
         ax.set(title=title, aspect=arrays["spacing"][1] / arrays["spacing"][0])
         ax.set_axis_off()
         ax.invert_xaxis()
-        ax.invert_yaxis()
     for corner, style in zip(corners, ("-", "--")):
         frame = Rectangle(corner[:2] - 0.5, *patch[:2], fill=False, ec="white", ls=style)
         axes[0].add_patch(frame).set_clip_on(False)
@@ -1589,8 +1591,7 @@ def check_config(config):
     positive = len(config.spacing) in (0, 3) and min((1, *config.spacing)) > 0
     need(positive, "--spacing: must be X Y Z in mm, or auto")
     for name in ("momentum", "min_overlap"):
-        sentence = f"--{name.replace('_', '-')}: must be between 0 and 1"
-        need(0 < getattr(config, name) < 1, sentence)
+        need(0 < getattr(config, name) < 1, f"--{name.replace('_', '-')}: must be above 0, below 1")
     for name in ("val", "test", "labelled", "seed"):
         need(getattr(config, name) >= 0, f"--{name}: must be 0 or more")
     names = "batch levels base_channels epochs epoch_steps halve_epochs validate_epochs lr rampup"
@@ -1643,8 +1644,7 @@ def make_config(command, data=None, **given):
     settings = {"data": data, "preset": preset, "device": device, "out": f"runs/{name}-{what}"}
     if not data:
         settings |= {"data": "runs/phantom", "val": 4.0, "largest": (1, 2, 3, 4, 5)}
-        if command == "ablate":
-            settings["labelled"] = 2
+        settings["labelled"] = 2 if command == "ablate" else 0
     config = Config(**PRESETS[preset] | settings | given)
     check_config(config)
     if not data:
