@@ -1029,7 +1029,7 @@ def label_means(table):
 
 
 def score_array(results):
-    """Scores, float (cases, labels, 5), of labels that any case holds; NaN where a case does not."""
+    """Scores, float (cases, labels, 5), of labels that any case holds; NaN where one does not."""
     labels = sorted({i for case in results.values() for i, scores in case.items() if scores.held})
     scores = np.array([[case[label] for label in labels] for case in results.values()], float)
     scores = scores.reshape(len(results), len(labels), 5)  # also where there is no label
