@@ -286,9 +286,8 @@ class Patches(Dataset):
         if self.config.method == "cps":
             corner_b = corner_a  # plain CPS: A and B see what A sees in `context`
         (crop_a, label_a), (crop_b, _) = self.crops(arrays, rng, [corner_a, corner_b])
-        item |= {"crop_a": crop_a[None], "crop_b": crop_b[None]}
+        item |= {"crop_a": crop_a[None], "crop_b": crop_b[None], "valid": label_a != IGNORE}
         item |= {"corner_a": corner_a, "corner_b": corner_b}
-        item["valid"] = label_a != IGNORE
         return item
 
     def labelled_corner(self, arrays, rng, centred):
@@ -778,10 +777,9 @@ def write_like(labels, nifti, path):
     atomic(path, type(nifti)(labels, None, nifti.header, dtype=np.uint8).to_filename)
 
 
-def is_outside(volume, clip):
-    """Whether a volume is not in HU, for which `clip` is meant: no air lies below it, as in MR, or
-    hardly any tissue lies in it, as in a CT that is stored with an offset."""
-    low, high = clip or (-math.inf, math.inf)
+def is_outside(volume, low, high):
+    """Whether a volume is not in HU, as a clip from `low` to `high` wants: no air lies below, as in
+    MR, or hardly any tissue lies between, as in a CT that is stored with an offset."""
     some = volume.ravel()[::7]
     bright = some[some > some.mean()]  # tissue rather than air
     return some.min() > low or np.mean((bright > low) & (bright < high)) < 0.1
@@ -802,7 +800,8 @@ def read_image(path, config):
     """Read and preprocess an image. Returns its arrays, of which "image" is float32 (X, Y, Z), the
     shape (3,) that it had in RAS+, and its nibabel image."""
     volume, spacing, nifti = read_scan(path)
-    arrays = {"checksum": zlib.crc32(volume), "is_outside": is_outside(volume, config.clip)}
+    arrays = {"checksum": zlib.crc32(volume)}
+    arrays["is_outside"] = bool(config.clip) and is_outside(volume, *config.clip)
     arrays["image"] = preprocess(volume, spacing, config)
     return arrays, volume.shape, nifti
 
@@ -1154,7 +1153,6 @@ class Run:
             network.to(self.device, memory_format=layout)
             sgd = torch.optim.SGD(network.parameters(), config.lr, nesterov=True, **options)
             self.optimisers.append(sgd)
-
         # bf16 on a GPU that has it; else fp16, whose small gradients need to be scaled.
         amp = gpu and config.amp
         bf16 = amp and torch.cuda.get_device_capability(self.device) >= (8, 0)
@@ -1339,7 +1337,7 @@ def predict(
 
 def evaluate(
     predictions: str,  # a NIfTI file or a folder of them
-    references: str,  # the same; predictions and references go together by name
+    references: str,  # the same; cases of two folders go together by name
     tolerance: float = 2.0,  # of the surface Dice, in mm
     csv: str = "",  # file for the scores of each case and label
 ):
@@ -1347,6 +1345,8 @@ def evaluate(
     counts as empty. Returns the exit code: 1 if some files were broken."""
     known = list_scans(references)
     found = list_scans(predictions)
+    if Path(references).is_file():  # two files go together, whatever their names
+        found = dict(zip(known, found.values()))
     missing = sorted(known.keys() - found.keys())
     if missing:
         warn(f"{len(missing)} of {len(known)} cases have no prediction: {missing[:5]}")
@@ -1592,8 +1592,8 @@ def check_config(config):
     need(positive, "--spacing: must be X Y Z in mm, or auto")
     for name in ("momentum", "min_overlap"):
         need(0 < getattr(config, name) < 1, f"--{name.replace('_', '-')}: must be above 0, below 1")
-    for name in ("val", "test", "labelled", "seed"):
-        need(getattr(config, name) >= 0, f"--{name}: must be 0 or more")
+    for name in "val test labelled seed lam weight_decay grad_clip workers".split():
+        need(getattr(config, name) >= 0, f"--{name.replace('_', '-')}: must be 0 or more")
     names = "batch levels base_channels epochs epoch_steps halve_epochs validate_epochs lr rampup"
     for name in names.split():
         need(getattr(config, name) > 0, f"--{name.replace('_', '-')}: must be more than 0")
