@@ -85,7 +85,7 @@ class Config:
     method: Literal["supervised", "cps", "context"] = "context"  # how unlabelled scans are used
     lam: float = 1.0  # weight of L_cps after its ramp-up [ours, measured]
     rampup: float = 0.6  # share of the training during which the weight grows [ours, measured]
-    init_b: Literal["he", "xavier"] = "he"  # initialisation of B; A has he [paper]; for both [ours]
+    init_b: Literal["he", "xavier"] = "he"  # initialisation of B; that of A is always he [paper]
     seed: int = 0  # seed of initial weights, split and patches
 
     # patches
@@ -123,7 +123,7 @@ class Config:
     largest: tuple[int, ...] = ()  # labels of which predictions keep the largest component
 
     # machine
-    preset: Literal["paper", "quick"] = "paper"  # default: paper on a GPU, quick on a CPU
+    preset: Literal["paper", "quick"] = "paper"  # if not given: paper on a GPU, quick on a CPU
     out: str = ""  # folder of the run; default: runs/DATA-METHOD
     cache: str = "runs/.cache"  # folder of the preprocessed scans; may be deleted at any time
     resume: bool = False  # continue the run in --out after its last whole epoch
@@ -158,14 +158,15 @@ def dice_ce_loss(logits, target):
     """
     target = target.flatten(1)[:, None]  # (N, 1, V), V voxels of a patch
     valid = target != IGNORE  # (N, 1, V)
-    target = target.masked_fill(~valid, 0)  # any class would do, because `valid` masks these voxels
+    # Ignored voxels become background: `valid` masks them below, and Dice leaves background out.
+    target = target.masked_fill(~valid, 0)
     log_prob = logits.flatten(2).float().log_softmax(1)  # (N, K, V), never in half precision
 
     # Cross-entropy: the mean over the valid voxels of each patch.
     nll = -log_prob.gather(1, target) * valid  # (N, 1, V)
     cross_entropy = nll.sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)  # (N,)
 
-    # Soft Dice: for each patch and each class except background, which holds the ignored voxels.
+    # Soft Dice: for each patch and each class except background.
     prob = log_prob.exp() * valid  # (N, K, V)
     one_hot = torch.zeros_like(prob).scatter_(1, target, 1.0)
     prob = prob[:, 1:]  # (N, K-1, V)
@@ -285,6 +286,7 @@ class Patches(Dataset):
         corner_a, corner_b = overlapping_corners(rng, shape, self.patch, self.config.min_overlap)
         if self.config.method == "cps":
             corner_b = corner_a  # plain CPS: A and B see what A sees in `context`
+        # Here, the labels are 0, and IGNORE on padding.
         (crop_a, label_a), (crop_b, _) = self.crops(arrays, rng, [corner_a, corner_b])
         item |= {"crop_a": crop_a[None], "crop_b": crop_b[None], "valid": label_a != IGNORE}
         item |= {"corner_a": corner_a, "corner_b": corner_b}
@@ -402,7 +404,7 @@ def make_pair(config, num_classes):
 # 5. Training
 # --------------------------------------------------------------------------------------------------
 def train_step(run, batch, lam):
-    """One optimiser step of A and B. run: networks, optimisers and settings (12). batch: a batch of
+    """One optimiser step of A and B. run: networks, optimisers, settings; see section 12. batch: of
     `Patches`. Returns {name: scalar} for the log."""
     network_a, network_b = run.networks
     images_a = images_b = batch["image"]  # (N, 1, x, y, z)
@@ -526,7 +528,7 @@ def sliding_window(networks, volume, patch, num_classes, overlap=0.5, device="cp
 
     classes = torch.zeros(scan.shape, dtype=torch.uint8)
     slab = torch.zeros(num_classes, *scan.shape[:2], patch[2])  # (K, X, Y, z)
-    if slab.nbytes < 2**29:  # above 512 MiB in main memory: FLARE allows 2 GiB on a GPU, in all
+    if slab.nbytes < 2**29:  # a larger one stays in main memory: FLARE allows 2 GiB of a GPU
         slab = slab.to(device)
     weight = gaussian(patch).to(device)
     at_once = 2 if device.type == "cpu" else 1  # on a CPU, torch is slow with one small window
@@ -936,8 +938,7 @@ def cut_box(volume, corner, shape, padding):
     box = np.full(shape, padding, volume.dtype)
     low = np.clip(corner, 0, volume.shape)
     high = np.clip(corner + shape, 0, volume.shape)
-    inside_box = box_at(low - corner, high - low)
-    box[inside_box] = volume[box_at(low, high - low)]
+    box[box_at(low - corner, high - low)] = volume[box_at(low, high - low)]
     return box
 
 
@@ -1292,16 +1293,16 @@ def report(run, split):
         ref, _, _ = read_scan(case.label, is_label=True, like=nifti)
         pred = segment(best, case.load()["image"], ref.shape)
         results[case.name] = evaluate_case(pred, ref, spacing, run.ids)
-    print(f"\nbest.pt    mean Dice {best.best:.4f} on the {len(split['val'])} validation cases")
+    print(f"\nbest.pt    mean Dice {best.best:.4f} on the {len(split['val'])} validation cases\n")
     if results:
-        print(f"\n{len(results)} {part} cases\n{score_table(results)}\n")
+        print(f"{len(results)} {part} cases\n{score_table(results)}\n")
     try:
         if RANK == 0:
             figure(best, split, f"{config.out}/figure.png")
     except ImportError:
         print(f"no {config.out}/figure.png: pip install matplotlib")
-    seconds = sum(row["seconds"] for row in run.rows) * config.epoch_steps
-    print(f"time       {seconds / 60:.1f} minutes of training")
+    minutes = sum(row["seconds"] for row in run.rows) * config.epoch_steps / 60
+    print(f"time       {minutes:.1f} minutes of training")
     print(f"next       python cps.py predict {config.out}/best.pt IMAGES OUT")
     return {"run": best, "scores": results}
 
@@ -1408,7 +1409,6 @@ def ablate(
             results = train(dataclasses.replace(config, resume=True, **changes))["scores"]
             rows += score_rows(results, method=method, labels=labels, seed=seed)
             scores.append(score_array(results))
-
         dices, nsds, _, _, found = np.moveaxis(scores, -1, 0)  # each (seeds, cases, labels)
         if baseline is None:
             baseline = dices
