@@ -115,15 +115,12 @@ class Config:
     val: float = 0.2  # cases that choose the checkpoint: a share if below 1, else a number [ours]
     test: float = 0.0  # cases for the test, likewise; 0: those of imagesTs and labelsTs
     split: str = ""  # JSON file that names the cases of each part, like split.json of a run
-    clip: tuple[float, ...] = (
-        -68.0,
-        200.0,
-    )  # intensities, HU of a CT [paper]; auto: see preprocess
+    clip: tuple[float, ...] = (-68.0, 200.0)  # limits in HU [paper]; auto: percentiles 0.5, 99.5
     spacing: tuple[float, ...] = ()  # x y z in mm to resample to; (), auto: median [nnU-Net]
     largest: tuple[int, ...] = ()  # labels of which predictions keep the largest component
 
     # machine
-    preset: Literal["paper", "quick"] = "paper"  # if not given: paper on a GPU, quick on a CPU
+    preset: Literal["paper", "quick"] = "paper"  # if not given: paper for data on a GPU, else quick
     out: str = ""  # folder of the run; default: runs/DATA-METHOD
     cache: str = "runs/.cache"  # folder of the preprocessed scans; may be deleted at any time
     resume: bool = False  # continue the run in --out after its last whole epoch
@@ -256,8 +253,8 @@ class Patches(Dataset):
     image. valid: bool (x, y, z), False where crop_a is padded; on the overlap, crop_b is padded at
     the same voxels. corner_a, corner_b: int (3,).
 
-    All randomness of item n comes from (seed, n), and step t takes the items from t * batch on. So
-    a resumed run sees the patches that it would have seen without the interruption.
+    All randomness of item n comes from (seed, n), and step t takes the items from t * batch on (see
+    `batches`). So a resumed run sees the patches that it would have seen without interruption.
     """
 
     def __init__(self, config, split, ids):
@@ -285,7 +282,7 @@ class Patches(Dataset):
         shape = arrays["image"].shape
         corner_a, corner_b = overlapping_corners(rng, shape, self.patch, self.config.min_overlap)
         if self.config.method == "cps":
-            corner_b = corner_a  # plain CPS: A and B see what A sees in `context`
+            corner_b = corner_a  # plain CPS: one place for both, only the intensities differ
         # Here, the labels are 0, and IGNORE on padding.
         (crop_a, label_a), (crop_b, _) = self.crops(arrays, rng, [corner_a, corner_b])
         item |= {"crop_a": crop_a[None], "crop_b": crop_b[None], "valid": label_a != IGNORE}
@@ -388,8 +385,8 @@ def make_pair(config, num_classes):
     """Networks A and B. Equal ones would make, and confirm, the same mistakes."""
     draws = {"he": nn.init.kaiming_normal_, "xavier": nn.init.xavier_normal_}
     networks = []
-    for number, name in enumerate(("he", config.init_b)):
-        initialise = draws[name]
+    for number, init in enumerate(("he", config.init_b)):
+        initialise = draws[init]
         torch.manual_seed(2 * config.seed + number)  # networks of other runs have other seeds, too
         network = UNet3D(num_classes, config.base_channels, config.levels)
         for name, parameter in network.named_parameters():
@@ -445,8 +442,8 @@ def overlap_losses(logits_a, logits_b, batch, config):
     """L_cps of the pairs of a batch, logits (N, K, x, y, z), and signs of collapse for the log.
 
     Collapse means that both networks call everything background. L_cps would not bring them back:
-    they agree, so its gradient vanishes. The labels prevent it, and lam, which starts near 0. If it
-    happens, the log shows an agreement of 1 and a foreground of 0.
+    they agree, so it only makes them surer. The labels prevent it, and lam, which starts near 0. If
+    it happens, the log shows an agreement of 1 and a foreground of 0.
     """
     rows = []
     for i in range(len(logits_a)):  # one by one, because the overlaps differ in size
@@ -523,7 +520,7 @@ def sliding_window(networks, volume, patch, num_classes, overlap=0.5, device="cp
         step = max(1, int(width * (1 - overlap)))
         starts.append([*range(0, size - width, step), size - width])
     starts_x, starts_y, starts_z = starts
-    # The windows that begin at one z, as boxes in the slab, which begins at the same z.
+    # Boxes of the windows that begin at z, relative to z: they fit both slab and scan[:, :, z:].
     boxes = [box_at((x, y, 0), patch) for x, y in itertools.product(starts_x, starts_y)]
 
     classes = torch.zeros(scan.shape, dtype=torch.uint8)
@@ -681,7 +678,7 @@ def find_cases(config):
 def split_cases(config):
     """The cases of a training: {"labelled", "unlabelled", "val", "test"}: each a list of Case."""
     cases = find_cases(config)
-    tests = [name for name in cases if name.startswith("imagesTs/")]
+    tests = [name for name in cases if name.startswith("imagesTs/") and cases[name].label]
     if config.split:
         parts = read_split(config.split, cases)
     else:
@@ -1069,8 +1066,8 @@ def spread(values, digits=4):
 
 # 11. Phantom
 # --------------------------------------------------------------------------------------------------
-# Ellipsoids in the order in which they are drawn: label, centre x y z, radii x y z, HU. A length of
-# 1 is half of the volume's width. Only the place tells the right kidney from the left one.
+# Ellipsoids in the order in which they are drawn: label, centre x y z, radii x y z, HU. Lengths are
+# shares of half the volume's width. Only the place tells the right kidney from the left one.
 PHANTOM = """
 0   0     0     0      1     0.9   4     -90  fat
 0   0     0     0      0.9   0.8   4      45  muscle
@@ -1346,7 +1343,7 @@ def evaluate(
     counts as empty. Returns the exit code: 1 if some files were broken."""
     known = list_scans(references)
     found = list_scans(predictions)
-    if Path(references).is_file():  # two files go together, whatever their names
+    if Path(predictions).is_file() and Path(references).is_file():  # whatever their names
         found = dict(zip(known, found.values()))
     missing = sorted(known.keys() - found.keys())
     if missing:
@@ -1358,8 +1355,9 @@ def evaluate(
         pred = np.zeros_like(ref)
         try:
             if name in found:
-                pred, _, _ = read_scan(found[name], is_label=True, like=nifti)
-                need(pred.max() < IGNORE, f"{found[name]}: {IGNORE} is no label; change it")
+                volume, _, _ = read_scan(found[name], is_label=True, like=nifti)
+                need(volume.max() < IGNORE, f"{found[name]}: {IGNORE} is no label; change it")
+                pred = volume
         finally:  # a broken one has its row, and is an error
             results[name] = evaluate_case(pred, ref, spacing, range(1, IGNORE), tolerance)
 
@@ -1463,7 +1461,7 @@ def figure(run, split, path):
     # The slice of the overlap in which A finds most; z counts from where the overlap begins.
     z = np.count_nonzero(label_a[slices_a], (0, 1)).argmax()
     panels = {
-        case.name[-20:]: (image, ref, z + max(corner[2] for corner in corners)),
+        "reference": (image, ref, z + max(corner[2] for corner in corners)),
         "A on its crop": (crop_a, label_a, z + slices_a[2].start),
         "B on its crop": (crop_b, label_b, z + slices_b[2].start),
         "where they differ": (crop_a[slices_a], differ, z),
@@ -1520,7 +1518,7 @@ def atomic(path, write):
     """Call write(temporary), then give the file its name: a crash leaves no half of a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
+    with blame(path), tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
         temporary = Path(folder, path.name)
         write(temporary)
         with open(temporary, "rb+") as file:
@@ -1614,8 +1612,7 @@ def add_flags(parser, source):
             continue
         options = {"default": argparse.SUPPRESS}  # presets and defaults fill in what is not given
         quick = PRESETS["quick"].get(name, parameter.default)
-        default = f"{parameter.default}" + f"; quick: {quick}" * (quick != parameter.default)
-        options["help"] = f"{text} (default: {default})"
+        options["help"] = f"{text} (default: {parameter.default}; quick: {quick})"
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif get_origin(kind) is Literal:

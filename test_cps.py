@@ -1204,7 +1204,7 @@ def test_atomic_keeps_the_old_file_if_the_write_fails():
         raise OSError("disk full")
 
     cps.write_text("folder/file", "old")
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(cps.UserError, match="folder/file: disk full"):
         cps.atomic("folder/file", half)
     assert Path("folder/file").read_text() == "old"
     assert len(list(Path("folder").iterdir())) == 1  # no temporary file is left
