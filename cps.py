@@ -120,7 +120,7 @@ class Config:
     largest: tuple[int, ...] = ()  # labels of which predictions keep the largest component
 
     # machine
-    preset: Literal["paper", "quick"] = "paper"  # if not given: paper for data on a GPU, else quick
+    preset: Literal["paper", "quick"] = "paper"  # without it: paper for data on a GPU, else quick
     out: str = ""  # folder of the run; default: runs/DATA-METHOD
     cache: str = "runs/.cache"  # folder of the preprocessed scans; may be deleted at any time
     resume: bool = False  # continue the run in --out after its last whole epoch
@@ -1127,7 +1127,7 @@ PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 # Settings that may differ when a run is resumed.
 MAY_CHANGE = "data unlabelled split cache largest out resume device amp workers".split()
 LOG = "step lr lam loss_sup loss_cps agreement foreground overlap dice seconds".split()
-STATE = "step best rows".split()  # what a checkpoint holds beside networks, optimisers and scaler
+STATE = "ids step best rows".split()  # what a checkpoint holds beside config and parts
 
 
 class Run:
@@ -1161,8 +1161,8 @@ class Run:
 
     def save(self, name):
         """Write a checkpoint. The file holds values and tensors, no code."""
-        state = {key: getattr(self, key) for key in ("ids", *STATE)}
-        state["config"] = dataclasses.asdict(self.config)
+        state = {key: getattr(self, key) for key in STATE}
+        state["config"] = vars(self.config)
         state["parts"] = [part.state_dict() for part in self.parts]
         if RANK == 0:
             atomic(f"{self.config.out}/{name}", lambda path: torch.save(state, path))
@@ -1170,7 +1170,7 @@ class Run:
     @classmethod
     def load(cls, path, **changes):
         """The run of a checkpoint, with changed settings. Code in the file is not executed."""
-        with blame(path):
+        with blame(path, "is not a checkpoint of this cps.py"):
             state = torch.load(path, map_location="cpu", weights_only=True)
             run = cls(Config(**state["config"] | changes), state["ids"])
             for part, saved in zip(run.parts, state["parts"]):
@@ -1182,7 +1182,7 @@ class Run:
 
     def log(self, row, scores):
         """Add an epoch to log.csv, with the Dice of each label, and print it."""
-        weights = itertools.chain(*[network.parameters() for network in self.networks])
+        weights = [weight for network in self.networks for weight in network.parameters()]
         finite = math.isfinite(row["loss_sup"]) and all(w.isfinite().all() for w in weights)
         need(finite, f"{self.config.out}: the loss is not finite; --resume --no-amp, or lower --lr")
         now = time.monotonic()
@@ -1225,7 +1225,7 @@ def open_run(config):
     if not run:
         run = Run(config, ids)
         names = {part: [case.name for case in cases] for part, cases in split.items()}
-        for name, value in (("split", names), ("config", dataclasses.asdict(config))):
+        for name, value in (("split", names), ("config", vars(config))):
             write_text(f"{config.out}/{name}.json", json.dumps(value, indent=1))
         write_text(f"{config.out}/cps.py", Path(__file__).read_text("utf-8"))
 
@@ -1346,6 +1346,7 @@ def evaluate(
     if Path(predictions).is_file() and Path(references).is_file():  # whatever their names
         found = dict(zip(known, found.values()))
     missing = sorted(known.keys() - found.keys())
+    need(len(missing) < len(known), f"{predictions}: no file has the name of one in {references}")
     if missing:
         warn(f"{len(missing)} of {len(known)} cases have no prediction: {missing[:5]}")
     results = {}
@@ -1391,7 +1392,7 @@ def ablate(
     need(config.method == Config.method, "--method: ablate compares all methods; leave it out")
     tests = split_cases(config)["test"]
     need(tests, f"{config.data}: no test cases; give --test 0.2, or imagesTs and labelsTs")
-    methods = get_args(Config.__dataclass_fields__["method"].type)  # the first is the baseline
+    methods = get_args(Config.__annotations__["method"])  # the first is the baseline
     arms = [(method, config.labelled) for method in methods]
     if config.labelled:
         arms.append(("supervised", 0))
@@ -1461,10 +1462,10 @@ def figure(run, split, path):
     # The slice of the overlap in which A finds most; z counts from where the overlap begins.
     z = np.count_nonzero(label_a[slices_a], (0, 1)).argmax()
     panels = {
-        "reference": (image, ref, z + max(corner[2] for corner in corners)),
+        "reference, A's crop, B's (dashed)": (image, ref, z + max(corner[2] for corner in corners)),
         "A on its crop": (crop_a, label_a, z + slices_a[2].start),
         "B on its crop": (crop_b, label_b, z + slices_b[2].start),
-        "where they differ": (crop_a[slices_a], differ, z),
+        "they differ on the overlap": (crop_a[slices_a], differ, z),
     }
     page = Figure((13, 3.5), layout="constrained")
     colours = dict(zip(run.ids, itertools.cycle(PALETTE))) | {IGNORE: DIFFER}
@@ -1505,12 +1506,12 @@ def warn(sentence):
 
 
 @contextmanager
-def blame(path):
+def blame(path, reason=""):
     """Turn any error into a UserError about a file: broken files make a dozen types of errors."""
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = reason or " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path}: {reason}; check it") from error
 
 
@@ -1640,7 +1641,7 @@ def make_config(command, data=None, **given):
     name = Path(data).resolve().name if data else "phantom"
     settings = {"data": data, "preset": preset, "device": device, "out": f"runs/{name}-{what}"}
     if not data:
-        settings |= {"data": "runs/phantom", "val": 4.0, "largest": (1, 2, 3, 4, 5)}
+        settings |= {"data": "runs/phantom", "val": 4.0, "largest": tuple(range(1, 6))}
         settings["labelled"] = 2 if command == "ablate" else 0
     config = Config(**PRESETS[preset] | settings | given)
     check_config(config)
@@ -1685,8 +1686,8 @@ def main(argv):
         print("error: out of GPU memory; train with a smaller --patch or --batch", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        what = "train --resume goes on after the last whole epoch, predict with the rest"
-        print(f"\ninterrupted; {what}", file=sys.stderr)
+        remedy = "train goes on with --resume after the last epoch, predict with the same command"
+        print(f"\ninterrupted; {remedy}", file=sys.stderr)
         return 130
     finally:
         if PROCESSES > 1:
