@@ -1601,7 +1601,7 @@ def check_config(config):
 def add_flags(parser, source):
     """Add a flag for each parameter of a class or function; the comment on its line is the help
     text. What has no default, and the data, is an argument without dashes."""
-    comments = dict(re.findall(r"^ +(\w+): [^#:]*  # (.*)", inspect.getsource(source), re.MULTILINE))
+    comments = dict(re.findall(r"(?m)^ +(\w+): [^#:]*  # (.*)", inspect.getsource(source)))
     for name, parameter in inspect.signature(source).parameters.items():
         text = comments.get(name, "").replace("%", "%%")
         kind = parameter.annotation
