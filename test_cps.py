@@ -775,9 +775,9 @@ def test_empty_folders_count_as_absent_and_further_ones_are_added(data):
         Path("data", name).mkdir()
     for file in Path("data").glob("imagesUn/*"):
         file.unlink()
-    write("more/c6.nii", make_scan(50)[0])
-    cases = cps.find_cases(config(unlabelled=("more",)))
-    assert list(cases) == ["c0", "c1", "c2", "c3", "c4", "c5", "more/c6"]
+    write("more/imagesTs/c6.nii", make_scan(50)[0])  # without labels, these are no test cases
+    split = names_of(cps.split_cases(config(unlabelled=("more/imagesTs",), labelled=0)))
+    assert split["unlabelled"] == ["imagesTs/c6"] and split["test"] == []
 
 
 def test_images_that_are_there_twice_get_one_warning_that_names_val_first(data, capsys):
