@@ -945,7 +945,7 @@ def warp_box(volume, corner, shape, matrix, order, padding):
     if matrix is None:
         return cut_box(volume, corner, shape, padding)
     centre = shape // 2
-    half = np.ceil(abs(matrix) @ (shape / 2)).astype(int) + 1  # of a box that covers it all
+    half = np.ceil(abs(matrix) @ (shape / 2)).astype(int) + 1  # half of a wider box
     wide = cut_box(volume, corner + centre - half, 2 * half + 1, padding).astype(np.float32)
     offset = half - matrix @ centre
     warped = ndimage.affine_transform(wide, matrix, offset, tuple(shape), order=order, cval=padding)
@@ -1139,7 +1139,7 @@ class Run:
         self.total_steps = config.epochs * config.epoch_steps
         self.step = 0
         self.best = -1.0  # Dice of the validation that chose best.pt
-        self.rows = []  # of the log
+        self.rows = []  # rows of the log
         self.device = torch.device(config.device)
         gpu = self.device.type == "cuda"
         torch.backends.cudnn.benchmark = gpu  # all patches have one size
@@ -1187,7 +1187,7 @@ class Run:
         need(finite, f"{self.config.out}: the loss is not finite; --resume --no-amp, or lower --lr")
         now = time.monotonic()
         row["dice"] = mean_dice(scores)
-        row["seconds"] = (now - self.row_start) / self.config.epoch_steps  # of a step
+        row["seconds"] = (now - self.row_start) / self.config.epoch_steps  # for a step
         self.row_start = now
         row = {name: row.get(name, nan) for name in LOG}  # `supervised` has no pairs
         left = timedelta(seconds=int(row["seconds"] * (self.total_steps - self.step)))
@@ -1212,7 +1212,7 @@ def open_run(config):
             need(value == getattr(config, name), sentence)
     with first_process_first():
         split = split_cases(config)
-        if not config.spacing:  # of all but the test cases, so that it is the same for all methods
+        if not config.spacing:  # test cases do not count, so that all methods share the median
             cases = split["labelled"] + split["unlabelled"] + split["val"]
             spacing = np.median([read_header(case.image)[1] for case in cases], axis=0)
             config = dataclasses.replace(config, spacing=tuple(spacing.tolist()))
@@ -1336,7 +1336,7 @@ def predict(
 def evaluate(
     predictions: str,  # a NIfTI file or a folder of them
     references: str,  # the same; cases of two folders go together by name
-    tolerance: float = 2.0,  # of the surface Dice, in mm
+    tolerance: float = 2.0,  # tolerance of the surface Dice, in mm
     csv: str = "",  # file for the scores of each case and label
 ):
     """Dice, surface Dice (NSD) and HD95 of segmentations. A prediction that is missing or broken
@@ -1400,7 +1400,7 @@ def ablate(
     table = [("method", "labels", "Dice", "NSD", "missed", "gain in Dice [95 %]")]
     baseline = None
     for method, labelled in arms:
-        scores = []  # of each seed
+        scores = []  # an array for each seed
         for seed in range(config.seed, config.seed + seeds):
             labels = labelled or "all"
             out = f"{config.out}/{method}-{labels}-{seed}"

@@ -250,7 +250,7 @@ def test_rotation_and_scale_are_shared_by_a_pair(no_intensities):
         assert np.array_equal(item["crop_a"][0][slices_a], item["crop_b"][0][slices_b])
         assert (item["crop_a"][0][item["valid"]] != 0).all()  # padding is never valid here either
         changed += not np.array_equal(item["crop_a"], plain[n]["crop_a"])
-    assert changed > 5  # of 40, where 14 are expected
+    assert changed > 5  # 14 of 40 are expected
 
 
 def test_labels_stay_on_their_image_and_nothing_is_mirrored(no_intensities):
@@ -320,7 +320,7 @@ def test_every_second_patch_is_centred_on_a_label_however_rare(no_intensities):
     targets = [items[n]["target"] for n in range(80)]
     centres = [target[4, 4, 4] for target in targets]
     assert 0 not in centres[1::2]
-    assert 8 < centres[1::2].count(2) < 32  # of 40: a half, sd 3.2
+    assert 8 < centres[1::2].count(2) < 32  # half of 40 is expected, sd 3.2
     assert centres[0::2].count(0) > 35  # the others are anywhere
     assert not any(cps.IGNORE in target for target in targets if target[4, 4, 4] == 2)
 
