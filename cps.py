@@ -41,7 +41,6 @@ import argparse
 import copy
 import csv
 import dataclasses
-import functools
 import inspect
 import io
 import itertools
@@ -81,7 +80,7 @@ IGNORE = 255  # label of voxels that are left out of every loss and every score
 class Config:
     """All settings. Each is a flag of the command line, and its comment is the help of the flag."""
 
-    # `supervised` uses no unlabelled scans, `cps` shows A and B the same crop, `context` two crops.
+    # `supervised` uses no unlabelled scans, `cps` shows A and B one place, `context` two crops.
     method: Literal["supervised", "cps", "context"] = "context"  # how unlabelled scans are used
     lam: float = 1.0  # weight of L_cps after its ramp-up [ours, measured]
     rampup: float = 0.6  # share of the training during which the weight grows [ours, measured]
@@ -105,7 +104,7 @@ class Config:
     momentum: float = 0.99  # momentum of SGD [paper]
     halve_epochs: int = 200  # the learning rate is halved every so many epochs [paper]
     weight_decay: float = 3e-5  # weight decay of SGD [nnU-Net]
-    grad_clip: float = 12.0  # largest gradient norm of each network; 0: no limit [nnU-Net]
+    grad_clip: float = 12.0  # largest gradient norm of each network; inf: no limit [nnU-Net]
     validate_epochs: int = 10  # epochs from one validation to the next [ours]
 
     # data
@@ -122,7 +121,7 @@ class Config:
     # machine
     preset: Literal["paper", "quick"] = "paper"  # without it: paper for data on a GPU, else quick
     out: str = ""  # folder of the run; default: runs/DATA-METHOD
-    cache: str = "runs/.cache"  # folder of the preprocessed scans; may be deleted at any time
+    cache: str = "runs/.cache"  # folder of the preprocessed scans; may be deleted between runs
     resume: bool = False  # continue the run in --out after its last whole epoch
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU if there is one
     amp: bool = True  # mixed precision on a GPU
@@ -253,8 +252,8 @@ class Patches(Dataset):
     image. valid: bool (x, y, z), False where crop_a is padded; on the overlap, crop_b is padded at
     the same voxels. corner_a, corner_b: int (3,).
 
-    All randomness of item n comes from (seed, n), and step t takes the items from t * batch on (see
-    `batches`). So a resumed run sees the patches that it would have seen without interruption.
+    All randomness of item n comes from (seed, n), and each step has its own items (see `batches`).
+    So a resumed run sees the patches that it would have seen without interruption.
     """
 
     def __init__(self, config, split, ids):
@@ -282,7 +281,7 @@ class Patches(Dataset):
         shape = arrays["image"].shape
         corner_a, corner_b = overlapping_corners(rng, shape, self.patch, self.config.min_overlap)
         if self.config.method == "cps":
-            corner_b = corner_a  # plain CPS: one place for both, only the intensities differ
+            corner_b = corner_a  # plain CPS: one place for both; only their intensities differ
         # Here, the labels are 0, and IGNORE on padding.
         (crop_a, label_a), (crop_b, _) = self.crops(arrays, rng, [corner_a, corner_b])
         item |= {"crop_a": crop_a[None], "crop_b": crop_b[None], "valid": label_a != IGNORE}
@@ -305,7 +304,7 @@ class Patches(Dataset):
 
         The box around all of them is rotated and scaled as a whole. If each crop were turned by
         itself, their overlap would no longer be a box. Intensities do not move voxels, so they are
-        changed for each crop separately: this makes it harder for A and B to agree.
+        changed for each crop separately: A and B shall not agree because of equal noise.
 
         Images are padded with 0, which is the mean of a volume, and labels with IGNORE.
         """
@@ -386,12 +385,11 @@ def make_pair(config, num_classes):
     draws = {"he": nn.init.kaiming_normal_, "xavier": nn.init.xavier_normal_}
     networks = []
     for number, init in enumerate(("he", config.init_b)):
-        initialise = draws[init]
         torch.manual_seed(2 * config.seed + number)  # networks of other runs have other seeds, too
         network = UNet3D(num_classes, config.base_channels, config.levels)
         for name, parameter in network.named_parameters():
             if parameter.ndim == 5:  # the kernel of a convolution
-                initialise(parameter)
+                draws[init](parameter)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
         networks.append(network)
@@ -427,11 +425,10 @@ def train_step(run, batch, lam):
 
     # One backward pass serves both: pseudo labels carry no gradient from one network to the other.
     run.scaler.scale(loss).backward()
-    largest_norm = run.config.grad_clip or math.inf  # 0 means no limit
     for network, optimiser in zip(run.networks, run.optimisers):
         average_gradients(network)  # over the processes of torchrun, if there are several
         run.scaler.unscale_(optimiser)
-        nn.utils.clip_grad_norm_(network.parameters(), largest_norm)
+        nn.utils.clip_grad_norm_(network.parameters(), run.config.grad_clip)
         run.scaler.step(optimiser)
         optimiser.zero_grad()
     run.scaler.update()
@@ -570,8 +567,7 @@ def segment(run, volume, shape, networks="a"):
 
 
 def largest_components(labels, chosen):
-    """Keep the largest component of each chosen label id; voxels are connected by their faces."""
-    labels = labels.copy()
+    """Keep the largest component of each chosen label id, in place; faces connect voxels."""
     for label, box in label_boxes(labels).items():
         if label in chosen:
             components, _ = ndimage.label(labels[box] == label)
@@ -628,7 +624,7 @@ class Case:
     def load(self):
         """The preprocessed arrays, memory-mapped: "image", float16 (X, Y, Z), "spacing" in mm, and
         for a labelled case "label", uint8 (X, Y, Z), and "points", int32 (n, 4): rows of a label id
-        and the x, y, z of one of its voxels."""
+        and the x, y, z of one of its voxels. "ids", "checksum", "is_outside" are for checks."""
         arrays = torch.load(self.cached, mmap=True, weights_only=True)
         return {name: array.numpy() for name, array in arrays.items()}
 
@@ -678,14 +674,14 @@ def find_cases(config):
 def split_cases(config):
     """The cases of a training: {"labelled", "unlabelled", "val", "test"}: each a list of Case."""
     cases = find_cases(config)
-    tests = [name for name in cases if name.startswith("imagesTs/") and cases[name].label]
-    if config.split:
+    if config.split:  # it names all cases that are used
         parts = read_split(config.split, cases)
     else:
-        labelled = [name for name, case in cases.items() if case.label and name not in tests]
-        parts = draw_split(config, labelled)
+        labelled = [name for name, case in cases.items() if case.label]
+        tests = [name for name in labelled if name.startswith("imagesTs/")]
+        parts = draw_split(config, sorted(set(labelled) - set(tests)))
         parts["unlabelled"] = [name for name, case in cases.items() if not case.label]
-    parts["test"] = parts["test"] or tests
+        parts["test"] = parts["test"] or tests
     if config.labelled:  # the others lose their labels
         parts["unlabelled"] = parts["labelled"][config.labelled :] + parts["unlabelled"]
         parts["labelled"] = parts["labelled"][: config.labelled]
@@ -715,8 +711,8 @@ def read_split(path, cases):
 
 
 def draw_split(config, names):
-    """Names of labelled cases by part, drawn at random; the test cases are those of any seed."""
-    names = np.random.default_rng(0).permutation(sorted(names)).tolist()
+    """Names of labelled cases by part, drawn at random; all seeds have the same test cases."""
+    names = np.random.default_rng(0).permutation(names).tolist()
     shares = (config.test, config.val)  # or numbers, from 1 on
     test, val = [int(n) if n >= 1 else math.ceil(n * len(names)) for n in shares]
     rest = np.random.default_rng((1, config.seed)).permutation(names[test:]).tolist()
@@ -835,7 +831,8 @@ def label_boxes(labels):
 
 def prepare_case(case, config):
     """Write the preprocessed arrays of a case into the cache, unless they are there."""
-    functions = (read_scan, read_image, preprocess, resample, resample_labels, label_points)
+    functions = (read_scan, read_image, is_outside, preprocess, resample)
+    functions += (resample_labels, label_boxes, label_points)
     code = [inspect.getsource(function) for function in functions]  # new code makes new arrays
     files = [(str(path.resolve()), path.stat()) for path in (case.image, case.label) if path]
     files = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in files]
@@ -869,7 +866,7 @@ def label_points(labels):
 
 
 def prepare(split, config):
-    """Check and preprocess all cases. All bad ones are reported; then UserError is raised."""
+    """Check and preprocess all cases. If some are bad, all are reported, then UserError raised."""
     cases = {case.name: case for case in itertools.chain(*split.values())}
     bad = for_each("preparing", cases, lambda name, case: prepare_case(case, config), threads=4)
     need(not bad, f"{config.data}: {bad} cases cannot be used, see above; mend or remove them")
@@ -1005,7 +1002,7 @@ def evaluate_case(pred, ref, spacing, labels, tolerance=2.0):
 
 
 def surface_scores(pred, ref, spacing, tolerance):
-    """NSD and HD95 in mm of two bool arrays, by MONAI, whose NSD is that of the FLARE challenge."""
+    """NSD and HD95 in mm of two bool arrays, by MONAI, whose NSD has the formula of FLARE."""
     try:
         from monai.metrics import compute_hausdorff_distance, compute_surface_dice
     except ImportError:
@@ -1124,8 +1121,8 @@ def make_phantom(folder):
 # torchrun starts a process for each GPU: the number of this one, and how many there are.
 RANK = int(os.environ.get("RANK", 0))
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
-# Settings that may differ when a run is resumed.
-MAY_CHANGE = "data unlabelled split cache largest out resume device amp workers".split()
+# Settings that may differ when a run is resumed; its split is always that of its own split.json.
+MAY_CHANGE = "split cache largest out resume device amp workers".split()
 LOG = "step lr lam loss_sup loss_cps agreement foreground overlap dice seconds".split()
 STATE = "ids step best rows".split()  # what a checkpoint holds beside config and parts
 
@@ -1170,7 +1167,7 @@ class Run:
     @classmethod
     def load(cls, path, **changes):
         """The run of a checkpoint, with changed settings. Code in the file is not executed."""
-        with blame(path, "is not a checkpoint of this cps.py"):
+        with blame(path, "cannot be loaded as a checkpoint: "):
             state = torch.load(path, map_location="cpu", weights_only=True)
             run = cls(Config(**state["config"] | changes), state["ids"])
             for part, saved in zip(run.parts, state["parts"]):
@@ -1212,7 +1209,7 @@ def open_run(config):
             need(value == getattr(config, name), sentence)
     with first_process_first():
         split = split_cases(config)
-        if not config.spacing:  # test cases do not count, so that all methods share the median
+        if not config.spacing:  # the same for all methods; test cases do not count
             cases = split["labelled"] + split["unlabelled"] + split["val"]
             spacing = np.median([read_header(case.image)[1] for case in cases], axis=0)
             config = dataclasses.replace(config, spacing=tuple(spacing.tolist()))
@@ -1281,7 +1278,7 @@ def first_process_first():
 def report(run, split):
     """Test the best checkpoint, draw the figure; returns {"run": best, "scores": of the test}."""
     config = run.config
-    with first_process_first():  # best.pt is written
+    with first_process_first():  # the others wait until best.pt is there
         best = Run.load(f"{config.out}/best.pt", largest=config.largest, device=config.device)
     part = "test" if split["test"] else "val"
     results = {}
@@ -1449,7 +1446,7 @@ def figure(run, split, path):
     case = (split["val"] or split["unlabelled"] or split["labelled"])[0]
     arrays = case.load()
     image = arrays["image"]
-    ref = arrays.get("label", np.zeros(image.shape, np.uint8))
+    ref = arrays.get("label", np.zeros(image.shape, np.uint8)) % IGNORE  # not 255
     patch = np.minimum(run.config.patch, image.shape)
     rng = np.random.default_rng(0)
     corners = overlapping_corners(rng, image.shape, patch, run.config.min_overlap)
@@ -1511,7 +1508,7 @@ def blame(path, reason=""):
     try:
         yield
     except Exception as error:
-        reason = reason or " ".join(str(error).split())[:200] or type(error).__name__
+        reason += " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path}: {reason}; check it") from error
 
 
@@ -1591,10 +1588,10 @@ def check_config(config):
     need(positive, "--spacing: must be X Y Z in mm, or auto")
     for name in ("momentum", "min_overlap"):
         need(0 < getattr(config, name) < 1, f"--{name.replace('_', '-')}: must be above 0, below 1")
-    for name in "val test labelled seed lam weight_decay grad_clip workers".split():
+    for name in "val test labelled seed lam weight_decay workers".split():
         need(getattr(config, name) >= 0, f"--{name.replace('_', '-')}: must be 0 or more")
-    names = "batch levels base_channels epochs epoch_steps halve_epochs validate_epochs lr rampup"
-    for name in names.split():
+    names = "batch levels base_channels epochs epoch_steps halve_epochs validate_epochs"
+    for name in f"{names} lr rampup grad_clip".split():
         need(getattr(config, name) > 0, f"--{name.replace('_', '-')}: must be more than 0")
 
 
@@ -1612,22 +1609,27 @@ def add_flags(parser, source):
             parser.add_argument(name, nargs="?" if name == "data" else None, help=text)
             continue
         options = {"default": argparse.SUPPRESS}  # presets and defaults fill in what is not given
-        quick = PRESETS["quick"].get(name, parameter.default)
-        options["help"] = f"{text} (default: {parameter.default}; quick: {quick})"
+        options["help"] = f"{text} (default: {parameter.default})"
+        if name in PRESETS["quick"]:
+            options["help"] += f" (quick: {PRESETS['quick'][name]})"
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif get_origin(kind) is Literal:
             options["choices"] = get_args(kind)
         elif get_origin(kind) is tuple:
-            options |= {"nargs": "+", "type": functools.partial(item_of, get_args(kind)[0])}
+            options |= {"nargs": "+", "type": or_auto(get_args(kind)[0])}
         else:
             options["type"] = kind
         parser.add_argument(f"--{name.replace('_', '-')}", **options)
 
 
-def item_of(kind, text):
-    """A value on the command line; None for `auto`, which stands for an empty tuple."""
-    return None if text == "auto" else kind(text)
+def or_auto(kind):
+    """Read a number on the command line, or `auto`, an empty tuple, as None."""
+
+    def number(text):
+        return None if text == "auto" else kind(text)
+
+    return number
 
 
 def make_config(command, data=None, **given):
@@ -1678,6 +1680,8 @@ def main(argv):
             sys.stdout = io.StringIO()  # the first process speaks
     try:
         result = run_command(argv)
+        if PROCESSES > 1:  # after an error, torchrun ends the others
+            distributed.destroy_process_group()
         return result if isinstance(result, int) else 0  # `train` returns more than a code
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -1689,9 +1693,6 @@ def main(argv):
         remedy = "train goes on with --resume after the last epoch, predict with the same command"
         print(f"\ninterrupted; {remedy}", file=sys.stderr)
         return 130
-    finally:
-        if PROCESSES > 1:
-            distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
