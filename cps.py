@@ -332,7 +332,8 @@ class Patches(Dataset):
 # 4. Networks
 # --------------------------------------------------------------------------------------------------
 class Block(nn.Sequential):
-    """Twice convolution, instance norm, LeakyReLU [nnU-Net]. The norm makes a bias redundant."""
+    """Twice convolution, instance norm, LeakyReLU [nnU-Net]. The norm makes a bias redundant, and
+    does the same in training and inference."""
 
     def __init__(self, c_in, c_out, stride=1):
         super().__init__(
@@ -473,8 +474,8 @@ def train(config: Config):
         lr = config.lr * 0.5 ** (epoch // config.halve_epochs)
         for optimiser in run.optimisers:
             optimiser.param_groups[0]["lr"] = lr
-        progress = run.step / run.total_steps
-        lam = config.lam * ramp_up(progress / config.rampup)
+        share_done = run.step / run.total_steps
+        lam = config.lam * ramp_up(share_done / config.rampup)
 
         # Step
         for name, value in train_step(run, batch, lam).items():
@@ -555,10 +556,10 @@ def gaussian(patch):
     return torch.tensor(np.einsum("x,y,z->xyz", *curves)).float().clamp(min=1e-3)
 
 
-def segment(run, volume, shape, networks="a"):
-    """Label ids uint8 of a preprocessed volume (X, Y, Z), resampled to `shape`. networks: a [CPS],
-    b, or ab: the mean of their probabilities."""
-    chosen = [network for name, network in zip("ab", run.networks) if name in networks]
+def segment(run, volume, shape, which="a"):
+    """Label ids uint8 of a preprocessed volume (X, Y, Z), resampled to `shape`. which: a [CPS], b,
+    or ab: the mean of their probabilities."""
+    chosen = [network for name, network in zip("ab", run.networks) if name in which]
     ids = np.array([0, *run.ids], np.uint8)
     with run.autocast:
         classes = sliding_window(chosen, volume, run.config.patch, len(ids), device=run.device)
@@ -660,7 +661,7 @@ def find_cases(config):
             not lost, f"{root}/labels{part}: no image of one channel for {lost[:5]}; add or rename"
         )
         for name, file in images.items():
-            if part == "Tr" or name in labels:
+            if part == "Tr" or name in labels:  # test images without a label are not used
                 cases[prefix + name] = Case(prefix + name, file, labels.get(name))
     for folder in (root / "imagesUn", *map(Path, config.unlabelled)):
         scans = list_scans(folder, images=True, optional=folder == root / "imagesUn")
@@ -773,9 +774,9 @@ def write_like(labels, nifti, path):
 
 
 def is_outside(volume, low, high):
-    """Whether a volume is not in HU, as a clip from `low` to `high` wants: no air lies below, as in
-    MR, or hardly any tissue lies between, as in a CT that is stored with an offset."""
-    some = volume.ravel()[::7]
+    """Whether a volume seems not to be in HU: nothing lies below `low`, as air would, or hardly any
+    tissue lies between `low` and `high`, as in a CT that is stored with an offset."""
+    some = volume.ravel()[::7]  # enough, and faster
     bright = some[some > some.mean()]  # tissue rather than air
     return some.min() > low or np.mean((bright > low) & (bright < high)) < 0.1
 
@@ -911,7 +912,7 @@ def label_ids(split):
 # 9. Augmentation
 # --------------------------------------------------------------------------------------------------
 def random_rotation_and_scale(rng, spacing):
-    """Rotation by up to 30 degrees on each axis and scale 0.7 to 1.4, each in a fifth of all cases
+    """Rotation by up to 30 degrees on each axis and scale 0.7 to 1.4, each for a fifth of the items
     [nnU-Net]: a matrix (3, 3) from offsets in voxels of a patch to those of a volume, or None."""
     rotated, scaled = rng.random(2) < 0.2
     if not rotated and not scaled:
@@ -1063,8 +1064,8 @@ def spread(values, digits=4):
 
 # 11. Phantom
 # --------------------------------------------------------------------------------------------------
-# Ellipsoids in the order in which they are drawn: label, centre x y z, radii x y z, HU. Lengths are
-# shares of half the volume's width. Only the place tells the right kidney from the left one.
+# Ellipsoids in the order in which they are drawn: label, centre x y z, radii x y z, HU. The volume
+# reaches from -1.1 to 1.1 on each axis. Only the place tells the right kidney from the left one.
 PHANTOM = """
 0   0     0     0      1     0.9   4     -90  fat
 0   0     0     0      0.9   0.8   4      45  muscle
@@ -1087,7 +1088,7 @@ def phantom_volume(rng, shape=(56, 48, 48)):
 
     image = np.full(shape, -1000.0)  # air
     label = np.zeros(shape, np.uint8)
-    phase = rng.uniform(0.7, 1.3)  # how strong the contrast agent is
+    phase = rng.uniform(0.7, 1.3)  # how strong the contrast is
     for row in np.loadtxt(io.StringIO(PHANTOM), usecols=range(8)):
         centre = row[1:4]
         radii = row[4:7]
@@ -1141,7 +1142,7 @@ class Run:
         gpu = self.device.type == "cuda"
         torch.backends.cudnn.benchmark = gpu  # all patches have one size
         layout = torch.contiguous_format if gpu else torch.channels_last_3d  # faster on a CPU
-        self.networks = make_pair(config, len(ids) + 1)
+        self.networks = make_pair(config, len(ids) + 1)  # the same in all processes
         options = {"momentum": config.momentum, "weight_decay": config.weight_decay}
         self.optimisers = []
         for network in self.networks:
@@ -1388,7 +1389,7 @@ def ablate(
     supervised training with all labels. Runs that are finished are not trained again."""
     need(config.method == Config.method, "--method: ablate compares all methods; leave it out")
     tests = split_cases(config)["test"]
-    need(tests, f"{config.data}: no test cases; give --test 0.2, or imagesTs and labelsTs")
+    need(tests, f"{config.data}: no test cases; give --test 0.2, imagesTs and labelsTs, or --split")
     methods = get_args(Config.__annotations__["method"])  # the first is the baseline
     arms = [(method, config.labelled) for method in methods]
     if config.labelled:
@@ -1409,7 +1410,7 @@ def ablate(
         if baseline is None:
             baseline = dices
         gain = interval(dices - baseline) if method != "supervised" else ""
-        means = [spread([mean_dice(seed) for seed in kind]) for kind in (dices, nsds)]
+        means = [spread([mean_dice(of_seed) for of_seed in kind]) for kind in (dices, nsds)]
         missed = f"{np.sum(found == 0)} of {np.sum(found >= 0)}"
         table.append((method, labels, *means, missed, gain))
     write_csv(f"{config.out}/ablation.csv", rows)
@@ -1484,7 +1485,7 @@ def figure(run, split, path):
     atomic(path, page.savefig)
 
 
-# 14. Command line
+# 14. Errors, files, command line
 # --------------------------------------------------------------------------------------------------
 class UserError(Exception):
     """What the user can mend: a sentence that names the file or flag, and the remedy."""
@@ -1551,9 +1552,9 @@ def for_each(what, items, one, threads=1):
 
     start = time.monotonic()
     pool = ThreadPoolExecutor(threads)
-    run = map if threads == 1 else pool.map  # `map` ends at once at Ctrl-C
+    mapper = map if threads == 1 else pool.map  # `map` ends at once at Ctrl-C
     try:
-        for error in run(attempt, items.keys(), items.values()):
+        for error in mapper(attempt, items.keys(), items.values()):
             done += 1
             if error:
                 bad += 1
@@ -1580,7 +1581,7 @@ def check_config(config):
     """Refuse values that cannot work, before any work is done."""
     stride = 2 ** (config.levels - 1)
     fits = all(size > 0 and size % stride == 0 for size in config.patch)
-    fits = fits and len(config.patch) == 3 and max(config.patch) > stride
+    fits = fits and len(config.patch) == 3 and max(config.patch) > stride  # no norm of one voxel
     need(fits, f"--patch: must be three multiples of {stride}, and not all {stride}")
     ordered = len(config.clip) == 2 and config.clip[0] < config.clip[1]
     need(ordered or not config.clip, "--clip: must be LOW HIGH, or auto")
