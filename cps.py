@@ -90,7 +90,7 @@ class Config:
     # patches
     patch: tuple[int, ...] = (160, 160, 96)  # x y z in voxels [paper]
     batch: int = 2  # labelled patches in a step, and as many pairs of crops [paper]
-    min_overlap: float = 0.3  # the smallest overlap of a pair, as a share of a crop [ours]
+    min_overlap: float = 0.3  # the smallest overlap of a pair, share of a crop [ours, measured]
     augment: bool = True  # random intensities, rotation and scale [nnU-Net]
 
     # network
@@ -526,7 +526,8 @@ def sliding_window(networks, volume, patch, num_classes, overlap=0.5, device="cp
     if slab.nbytes < 2**29:  # a larger one stays in main memory: FLARE allows 2 GiB of a GPU
         slab = slab.to(device)
     weight = gaussian(patch).to(device)
-    at_once = 2 if device.type == "cpu" else 1  # on a CPU, torch is slow with one small window
+    small = device.type == "cpu" and weight.numel() < 2**19
+    at_once = 2 if small else 1  # on a CPU, torch is slow with one small window [measured]
     for z, next_z in itertools.pairwise([*starts_z, scan.shape[2]]):
         for i in range(0, len(boxes), at_once):
             some = boxes[i : i + at_once]
@@ -657,9 +658,7 @@ def find_cases(config):
         labels = list_scans(root / f"labels{part}", optional=True)
         images = list_scans(root / f"images{part}", images=True, optional=part == "Ts")
         lost = sorted(labels.keys() - images.keys())
-        need(
-            not lost, f"{root}/labels{part}: no image of one channel for {lost[:5]}; add or rename"
-        )
+        need(not lost, f"{root}/labels{part}: no image of one channel for {lost[:5]}; add it")
         for name, file in images.items():
             if part == "Tr" or name in labels:  # test images without a label are not used
                 cases[prefix + name] = Case(prefix + name, file, labels.get(name))
