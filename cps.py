@@ -658,7 +658,7 @@ def find_cases(config):
         labels = list_scans(root / f"labels{part}", optional=True)
         images = list_scans(root / f"images{part}", images=True, optional=part == "Ts")
         lost = sorted(labels.keys() - images.keys())
-        need(not lost, f"{root}/labels{part}: no image of one channel for {lost[:5]}; add it")
+        need(not lost, f"{root}/labels{part}: no image for {lost[:5]}; name all of them alike")
         for name, file in images.items():
             if part == "Tr" or name in labels:  # test images without a label are not used
                 cases[prefix + name] = Case(prefix + name, file, labels.get(name))
@@ -689,7 +689,7 @@ def split_cases(config):
     enough = len(parts["labelled"]) >= max(config.labelled, 1)
     need(enough, f"{config.data}: too few labelled cases; lower --labelled, or give --val 0")
     enough = parts["unlabelled"] or config.method == "supervised"
-    need(enough, f"{config.data}: no unlabelled image; add imagesUn, or give --labelled N")
+    need(enough, f"{config.data}: no unlabelled image; add imagesUn, --labelled or --split")
     split = {part: [cases[name] for name in parts[part]] for part in PARTS}
     for case in split["unlabelled"]:
         case.label = None
@@ -1315,7 +1315,7 @@ def predict(
     scans = list_scans(images, images=True)
     done = scans.keys() & list_scans(out, optional=True).keys()
     if done:  # perhaps corrected by hand, or of a run that was interrupted
-        warn(f"{out}: {len(done)} of {len(scans)} are there already and stay as they are")
+        warn(f"{out}: {len(done)} of {len(scans)} exist and stay; give another OUT for new ones")
 
     def one(name, file):
         arrays, shape, nifti = read_image(file, run.config)
@@ -1640,7 +1640,8 @@ def make_config(command, data=None, **given):
     device = choose_device(given.pop("device", "auto"))
     preset = given.get("preset", "paper" if data and device != "cpu" else "quick")
     what = given.get("method", "context") if command == "train" else command
-    name = Path(data).resolve().name if data else "phantom"
+    data = data and os.path.abspath(data)  # a run knows its data again from any folder
+    name = Path(data or "phantom").name
     settings = {"data": data, "preset": preset, "device": device, "out": f"runs/{name}-{what}"}
     if not data:
         settings |= {"data": "runs/phantom", "val": 4.0, "largest": tuple(range(1, 6))}
