@@ -90,7 +90,7 @@ class Config:
     # patches
     patch: tuple[int, ...] = (160, 160, 96)  # x y z in voxels [paper]
     batch: int = 2  # labelled patches in a step, and as many pairs of crops [paper]
-    min_overlap: float = 0.3  # the smallest overlap of a pair, share of a crop [ours, measured]
+    min_overlap: float = 0.3  # smallest overlap of a pair, as a share of a crop [ours, measured]
     augment: bool = True  # random intensities, rotation and scale [nnU-Net]
 
     # network
@@ -113,7 +113,7 @@ class Config:
     labelled: int = 0  # number of training cases that keep their labels; 0: all
     val: float = 0.2  # cases that choose the checkpoint: a share if below 1, else a number [ours]
     test: float = 0.0  # cases for the test, likewise; 0: those of imagesTs and labelsTs
-    split: str = ""  # JSON file that names the cases of each part, like split.json of a run
+    split: str = ""  # JSON file that names all cases of each part, like split.json of a run
     clip: tuple[float, ...] = (-68.0, 200.0)  # limits in HU [paper]; auto: percentiles 0.5, 99.5
     spacing: tuple[float, ...] = ()  # x y z in mm to resample to; (), auto: median [nnU-Net]
     largest: tuple[int, ...] = ()  # labels of which predictions keep the largest component
@@ -527,7 +527,7 @@ def sliding_window(networks, volume, patch, num_classes, overlap=0.5, device="cp
         slab = slab.to(device)
     weight = gaussian(patch).to(device)
     small = device.type == "cpu" and weight.numel() < 2**19
-    at_once = 2 if small else 1  # on a CPU, torch is slow with one small window [measured]
+    at_once = 2 if small else 1  # a CPU is slow with one small window, or two large ones
     for z, next_z in itertools.pairwise([*starts_z, scan.shape[2]]):
         for i in range(0, len(boxes), at_once):
             some = boxes[i : i + at_once]

@@ -774,13 +774,13 @@ def test_split_is_disjoint_and_test_cases_do_not_depend_on_the_seed(data):
     assert len(tests) == 1 < len(vals)
 
 
-def test_a_split_file_is_followed(data):
+def test_a_split_file_names_all_cases_that_are_used(data):
+    for kind, array in (("images", IMAGE), ("labels", LABEL)):
+        write(f"data/{kind}Ts/c9.nii", array)
     parts = {"labelled": ["c3", "c1", "c0"], "unlabelled": ["imagesUn/c7"], "val": ["c2"]}
     Path("split.json").write_text(json.dumps(parts))
-    names = names_of(cps.split_cases(config(split="split.json", labelled=2)))
-    unlabelled = ["c0", "imagesUn/c7"]
-    expected = {"labelled": ["c3", "c1"], "unlabelled": unlabelled, "val": ["c2"], "test": []}
-    assert names == expected
+    parts |= {"labelled": ["c3", "c1"], "unlabelled": ["c0", "imagesUn/c7"], "test": []}
+    assert names_of(cps.split_cases(config(split="split.json", labelled=2))) == parts
 
 
 def test_empty_folders_count_as_absent_and_further_ones_are_added(data):
@@ -1295,6 +1295,6 @@ def test_a_checkpoint_that_is_none_is_refused_and_its_code_not_run(kind, trained
     else:
         torch.save(Evil() if kind == "code" else {"state_dict": {"w": torch.zeros(3)}}, "bad.pt")
     error = refusal(capsys, "predict", "bad.pt", ".", "out")
-    assert error.startswith("error: bad.pt: ")
+    assert error.startswith("error: bad.pt: cannot be loaded as a checkpoint: ")
     assert error.count("\n") == 0
     assert not Path("owned").exists()
